@@ -1,0 +1,128 @@
+"""The ragged cache: all layers and heads in one arena, each KV head with a region of its own size."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.ragged_append import ragged_append
+from kernels.ragged_decode import ragged_decode
+from layers.compress.decode_rules import ring_slot
+from layers.plan import ArenaShape, offsets
+
+_SPAN_STEP = 128
+
+
+class ArenaCache:
+    """Keys, values and positions of a fixed number of slots, and the tables that say whose they are.
+
+    Memory is allocated once. What a prompt changes are numbers in the tables, never shapes, so one compiled decode step
+    serves every prompt. Attention does not depend on the order of slots within a region.
+
+    A `PromptPass` fills the cache. Then, per token: `begin_step`, `attend` once per layer, `end_step`. A step that is
+    interrupted before `end_step` leaves the cache as it was.
+
+    Args:
+        shape: sizes and dtype.
+        device: where it lives.
+
+    Attributes:
+        k: (B, slots, D) keys after RoPE.
+        v: (B, slots, D) values.
+        pos: (B, slots) int32 absolute positions, -1 where nothing was written since the last prompt.
+        offset: (B, L, H) int32, first slot of each region.
+        capacity: (B, L, H) int32, slots of each region.
+        kept: (B, L, H) int32, prompt tokens in each region.
+        ring_start: (B, L, H) int32, first slot within a region that generated tokens may replace.
+        length: (B, L, H) int32, filled slots of each region.
+        position: (B,) int32, tokens seen, which is the next token's absolute position.
+        generated: (B,) int32, tokens generated since the last prompt.
+
+    Example:
+        >>> shape = ArenaShape(batch=1, num_layers=1, num_kv_heads=1, head_dim=4, slots=8, dtype=torch.float32)
+        >>> ArenaCache(shape, "cpu").nbytes == shape.nbytes
+        True
+    """
+
+    def __init__(self, shape: ArenaShape, device: torch.device | str) -> None:
+        B, L, H, D = shape.batch, shape.num_layers, shape.num_kv_heads, shape.head_dim
+
+        def integers(*size: int) -> Tensor:
+            return torch.zeros(size, dtype=torch.int32, device=device)
+
+        self.shape = shape
+        self.k = torch.zeros(B, shape.slots, D, dtype=shape.dtype, device=device)
+        self.v = torch.zeros(B, shape.slots, D, dtype=shape.dtype, device=device)
+        self.pos = integers(B, shape.slots)
+        self.offset, self.capacity, self.kept = integers(B, L, H), integers(B, L, H), integers(B, L, H)
+        self.ring_start, self.length, self._slot = integers(B, L, H), integers(B, L, H), integers(B, L, H)
+        self.position, self.generated = integers(B), integers(B)
+        self._active_B = torch.ones(B, dtype=torch.bool, device=device)
+        self._slot_C = torch.arange(0, device=device)
+        self.reset()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for slots, tables and counters."""
+        tables = (self.offset, self.capacity, self.kept, self.ring_start, self.length, self._slot)
+        return sum(t.nbytes for t in (self.k, self.v, self.pos, *tables, self.position, self.generated))
+
+    def reset(self) -> None:
+        """Forget everything; the memory stays."""
+        self.pos.fill_(-1)
+        for counter in (self.length, self.position, self.generated):
+            counter.zero_()
+        self.max_length = 0
+        self.max_capacity = 0
+
+    def lay_out(self, keep_BLH: Tensor, room: list[int]) -> None:
+        """Give every region its place.
+
+        Args:
+            keep_BLH: int, on the host; prompt tokens that each KV head may keep.
+            room: per row, further slots of each region, for generated tokens.
+
+        Raises:
+            ValueError: the regions need more slots than there are.
+        """
+        capacity_BLH = keep_BLH + torch.tensor(room)[:, None, None]
+        needed = int(capacity_BLH.sum((1, 2)).max())
+        if needed > self.shape.slots:
+            raise ValueError(f"the regions need {needed} slots per row, the arena has {self.shape.slots}")
+        self.capacity.copy_(capacity_BLH)
+        self.offset.copy_(offsets(capacity_BLH))
+        self.max_capacity = int(capacity_BLH.max())
+
+    def begin_step(self, active_B: Tensor) -> None:
+        """Choose, for all layers at once, where the next token of every head goes.
+
+        Args:
+            active_B: bool, rows that take part; the others keep their contents.
+        """
+        self._active_B.copy_(active_B)
+        self._slot.copy_(self.offset + ring_slot(self.ring_start, self.kept, self.capacity, self.generated))
+        held_BLH = self.kept + (self.generated + active_B)[:, None, None]
+        self.length.copy_(torch.minimum(held_BLH, self.capacity))
+        self.max_length = min(self.max_length + 1, self.max_capacity)
+        span = min(-(-self.max_length // _SPAN_STEP) * _SPAN_STEP, self.max_capacity)
+        if len(self._slot_C) != span:
+            self._slot_C = torch.arange(span, device=self.k.device)
+            torch._dynamo.mark_dynamic(self._slot_C, 0)
+
+    def end_step(self) -> None:
+        """Count the token that every active row has stored."""
+        self.generated += self._active_B
+        self.position += self._active_B
+
+    def attend(self, layer_1: Tensor, q_BTND: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, window: int | None) -> Tensor:
+        """Store one token per row and attend to everything kept; see `layers.cache.base.KVCache`."""
+        slot_BH, offset_BH, length_BH = (
+            table.index_select(1, layer_1).squeeze(1) for table in (self._slot, self.offset, self.length)
+        )
+        ragged_append(
+            self.k, self.v, self.pos, slot_BH, k_BTHD.squeeze(1), v_BTHD.squeeze(1), self.position, self._active_B
+        )
+        o_BND = ragged_decode(
+            q_BTND.squeeze(1), self.k, self.v, self.pos, offset_BH, length_BH, self._slot_C, self.position, window
+        )
+        return o_BND[:, None]

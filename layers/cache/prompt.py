@@ -1,0 +1,120 @@
+"""The pass that takes a prompt into the arena: exact attention first, then only what the method keeps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.ragged_compact import ragged_compact
+from kernels.ragged_prefill import ragged_prefill
+from layers.cache.arena import ArenaCache
+from layers.methods.base import Method
+
+
+class PromptPass:
+    """Attend from a chunk of new tokens to all that is stored and to itself, layer by layer, compressing each at once.
+
+    The first chunk of a conversation attends to itself only. A later one attends to what earlier ones left; afterwards
+    every head again holds at most its share of everything seen. Peak memory is the arena and one layer's dense keys and
+    values, and a copy of the arena where regions move.
+
+    Args:
+        cache: the arena; laid out anew here.
+        method: scores tokens and says which are protected.
+        keep_BLH: int, on the host; tokens that each KV head may keep of everything seen.
+        room: per row, slots of each KV head for generated tokens.
+        new_tokens: per row, how many of the chunk's T tokens are real; the rest is padding on the right.
+
+    Example:
+        >>> from layers.methods import build_method
+        >>> from layers.plan import ArenaShape
+        >>> shape = ArenaShape(batch=1, num_layers=1, num_kv_heads=1, head_dim=4, slots=3, dtype=torch.float32)
+        >>> cache, x = ArenaCache(shape, "cpu"), torch.randn(1, 9, 1, 4)
+        >>> keep_two = torch.full((1, 1, 1), 2)
+        >>> chunk = PromptPass(cache, build_method("streaming:sinks=1"), keep_BLH=keep_two, room=[1], new_tokens=[9])
+        >>> _ = chunk.attend(torch.tensor([0]), x, x, x, None)
+        >>> chunk.finish()
+        >>> cache.pos
+        tensor([[ 0,  8, -1]], dtype=torch.int32)
+    """
+
+    def __init__(
+        self, cache: ArenaCache, method: Method, *, keep_BLH: Tensor, room: list[int], new_tokens: list[int]
+    ) -> None:
+        device = cache.k.device
+        self.cache, self.method = cache, method
+        self.new_B = torch.tensor(new_tokens, dtype=torch.int32, device=device)
+        new_T = torch.arange(max(new_tokens), dtype=torch.int32, device=device)
+        self.position_BT = cache.position[:, None] + new_T
+        self._pos_BT = self.position_BT.masked_fill(new_T >= self.new_B[:, None], -1)
+        self._past_C = torch.arange(cache.max_length, device=device)
+        self._past_offset, self._past_length = cache.offset.clone(), cache.length.clone()
+        self._past_pos = cache.pos.clone()
+        self._past_k, self._past_v = cache.k, cache.v
+        cache.lay_out(keep_BLH, room)
+        if len(self._past_C) and not torch.equal(self._past_offset, cache.offset):
+            self._past_k, self._past_v = cache.k.clone(), cache.v.clone()
+        cache.pos.fill_(-1)
+        self._keep_BLH = keep_BLH.to(device)
+        self._max_keep = int(keep_BLH.max())
+
+        window = min(method.scorer.window, len(new_T))
+        self._observer_BW = self.new_B[:, None] - window + torch.arange(window, device=device)
+        self._observer_position_BW = (cache.position[:, None] + self._observer_BW).masked_fill(self._observer_BW < 0, -1)
+
+    def attend(self, layer_1: Tensor, q_BTND: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, window: int | None) -> Tensor:
+        """Attend, then keep the layer's share; see `layers.cache.base.KVCache`."""
+        k_BHSD, v_BHSD, pos_BHS = self._with_past(layer_1, k_BTHD, v_BTHD)
+        o_BTND = ragged_prefill(q_BTND, k_BHSD, v_BHSD, pos_BHS, self.position_BT, window)
+
+        seen_B11 = (self.cache.position + self.new_B)[:, None, None]
+        protected_BHS = (pos_BHS < self.method.sinks) | (pos_BHS >= seen_B11 - self.method.recent)
+        row_B1 = torch.arange(len(self.new_B), device=q_BTND.device)[:, None]
+        q_BWND = q_BTND[row_B1, self._observer_BW.clamp(min=0)]
+        score_BHS = self.method.scorer(q_BWND, k_BHSD, pos_BHS, self._observer_position_BW, protected_BHS, window)
+        offset_BH = self.cache.offset.index_select(1, layer_1).squeeze(1)
+        keep_BH = self._keep_BLH.index_select(1, layer_1).squeeze(1)
+        kept_BH = ragged_compact(
+            self.cache.k,
+            self.cache.v,
+            self.cache.pos,
+            offset_BH,
+            keep_BH,
+            self._max_keep,
+            k_BHSD,
+            v_BHSD,
+            pos_BHS,
+            score_BHS.masked_fill(protected_BHS, float("inf")),
+        )
+        self.cache.kept.index_copy_(1, layer_1, kept_BH[:, None])
+        return o_BTND
+
+    def finish(self) -> None:
+        """Make the cache ready to decode, once every layer has attended."""
+        cache, sinks = self.cache, self.method.sinks
+        cache.ring_start.copy_(cache.kept.clamp(max=sinks) if self.method.ring_over_prompt else cache.kept)
+        cache.length.copy_(cache.kept)
+        cache.position += self.new_B
+        cache.generated.zero_()
+        cache.max_length = self._max_keep
+
+    def _with_past(self, layer_1: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Stored and new keys, values and positions in order of position, empty places last in the past."""
+        k_BHTD, v_BHTD = k_BTHD.transpose(1, 2), v_BTHD.transpose(1, 2)
+        pos_BHT = self._pos_BT[:, None].expand(-1, k_BHTD.shape[1], -1)
+        if not len(self._past_C):
+            return k_BHTD, v_BHTD, pos_BHT
+        offset_BH1 = self._past_offset.index_select(1, layer_1).squeeze(1).long()[..., None]
+        length_BH1 = self._past_length.index_select(1, layer_1).squeeze(1)[..., None]
+        filled_BHC = self._past_C < length_BH1
+        index_BHC = torch.where(filled_BHC, offset_BH1 + self._past_C, offset_BH1)
+        row_B11 = torch.arange(len(k_BHTD), device=k_BHTD.device)[:, None, None]
+        pos_BHC = self._past_pos[row_B11, index_BHC]
+        order_BHC = pos_BHC.masked_fill(~filled_BHC, torch.iinfo(torch.int32).max).argsort(dim=-1)
+        index_BHC, filled_BHC = index_BHC.gather(-1, order_BHC), filled_BHC.gather(-1, order_BHC)
+        pos_BHC = pos_BHC.gather(-1, order_BHC).masked_fill(~filled_BHC, -1)
+        return (
+            torch.cat((self._past_k[row_B11, index_BHC], k_BHTD), dim=2),
+            torch.cat((self._past_v[row_B11, index_BHC], v_BHTD), dim=2),
+            torch.cat((pos_BHC, pos_BHT), dim=2),
+        )

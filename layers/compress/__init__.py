@@ -1,0 +1,1 @@
+"""The shared parts that compression methods are composed of."""

@@ -1,0 +1,61 @@
+"""Settings of observation-window scoring that every method with a window shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from layers.compress.scorers import WindowAttention
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """How tokens are scored and which are kept whatever their score.
+
+    Args:
+        window: last queries that observe, >= 1.
+        rows: "mean" or "max" over the observing queries.
+        group: "mean" or "max" over the query heads of a KV head.
+        ahead: tokens after a hot one that share its score.
+        behind: tokens before a hot one that share its score.
+        sinks: first tokens of the sequence that are always kept.
+        recent: last tokens of the prompt that are always kept, >= 1.
+
+    Example:
+        >>> published(window=8).recent
+        8
+    """
+
+    window: int
+    rows: Literal["mean", "max"]
+    group: Literal["mean", "max"]
+    ahead: int
+    behind: int
+    sinks: int
+    recent: int
+
+    def __post_init__(self) -> None:
+        if self.window < 1 or self.ahead < 0 or self.behind < 0:
+            raise ValueError(f"window must be at least 1, ahead and behind at least 0: {self}")
+        if self.rows not in ("mean", "max") or self.group not in ("mean", "max"):
+            raise ValueError(f'rows and group must be "mean" or "max", not {self.rows!r} and {self.group!r}')
+
+    @property
+    def scorer(self) -> WindowAttention:
+        """The scorer with these settings."""
+        return WindowAttention(
+            window=self.window, rows=self.rows, group=self.group, ahead=self.ahead, behind=self.behind
+        )
+
+
+def published(*, window: int) -> Scoring:
+    """The settings of the published LongBench runs: mean, centred max-pooling of 7, the whole window kept, no sinks.
+
+    Args:
+        window: observation window; 32 for SnapKV, 8 for HeadKV.
+    """
+    return Scoring(window=window, rows="mean", group="mean", ahead=3, behind=3, sinks=0, recent=window)
+
+
+TUNED = Scoring(window=32, rows="max", group="mean", ahead=10, behind=2, sinks=4, recent=4)
+"""What measured best on prompts kept apart from every test prompt; see recipes/LOG.md."""

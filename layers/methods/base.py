@@ -1,0 +1,45 @@
+"""What a compression method consists of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from layers.compress.allocators import Allocator
+from layers.compress.scorers import Scorer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A scorer, an allocator, and what is protected.
+
+    Args:
+        name: as users write it.
+        paper: citation.
+        summary: one line for a list of methods.
+        scorer: how much each token matters.
+        allocator: how many tokens each KV head keeps.
+        sinks: first tokens of the sequence that every head keeps.
+        recent: last tokens of the prompt that every head keeps.
+        ring_over_prompt: once the decode room is full, new tokens replace the oldest token that is not a sink, prompt
+            included; otherwise they replace the oldest generated one.
+        default_budget: tokens per KV head when the user names none; None for a method that keeps everything.
+    """
+
+    name: str
+    paper: str
+    summary: str
+    scorer: Scorer
+    allocator: Allocator
+    sinks: int = 0
+    recent: int = 1
+    ring_over_prompt: bool = False
+    default_budget: int | None = 128
+
+    def __post_init__(self) -> None:
+        if self.sinks < 0 or self.recent < 1:
+            raise ValueError(f"{self.name}: sinks must be at least 0 and recent at least 1, not {self.sinks}, {self.recent}")
+
+    @property
+    def protected(self) -> int:
+        """Tokens that every head keeps whatever their score: the smallest budget that makes sense."""
+        return self.sinks + self.recent

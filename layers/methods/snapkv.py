@@ -1,0 +1,37 @@
+"""SnapKV: the prompt's last tokens vote on what to keep."""
+
+from __future__ import annotations
+
+from layers.compress.allocators import Uniform
+from layers.compress.scoring import TUNED, Scoring, published
+from layers.methods.base import Method
+
+PRESETS = {"published": published(window=32), "tuned": TUNED}
+
+
+def build(*, scoring: Scoring = PRESETS["published"]) -> Method:
+    """Keep the C best-scored tokens of every KV head.
+
+    Scores are a_j = mean over the window's rows i of softmax(q_i k_j / sqrt(D)), averaged over the query heads of a group,
+    then s = maxpool_7(a). The published code scores and stores per query head; here a group shares one set, which stores
+    G times less.
+
+    Args:
+        scoring: window, pooling and protection.
+
+    Source:
+        Li et al., SnapKV: LLM Knows What You Are Looking for Before Generation, NeurIPS 2024.
+
+    Example:
+        >>> build().protected
+        32
+    """
+    return Method(
+        name="snapkv",
+        paper="SnapKV, arXiv 2404.14469",
+        summary="tokens that the end of the prompt attends to; the same budget for every head",
+        scorer=scoring.scorer,
+        allocator=Uniform(),
+        sinks=scoring.sinks,
+        recent=scoring.recent,
+    )

@@ -1,0 +1,37 @@
+"""Gated MLP."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from kernels.silu_mul import silu_mul
+from layers.linear import Linear
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU feed-forward with gate and up projections fused into one product.
+
+    Args:
+        hidden_size: model width, E.
+        intermediate_size: inner width, F.
+        bias: whether both projections have a bias.
+
+    Source:
+        Shazeer, GLU Variants Improve Transformer, 2020, equation 6.
+
+    Example:
+        >>> import torch
+        >>> mlp = GatedMLP(4, 8)
+        >>> _ = [torch.nn.init.ones_(p) for p in mlp.parameters()]
+        >>> mlp(torch.zeros(1, 4)).shape
+        torch.Size([1, 4])
+    """
+
+    def __init__(self, hidden_size: int, intermediate_size: int, *, bias: bool = False) -> None:
+        super().__init__()
+        self.gate_up = Linear(hidden_size, 2 * intermediate_size, bias=bias)
+        self.down = Linear(intermediate_size, hidden_size, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform (..., E) to (..., E)."""
+        return self.down(silu_mul(self.gate_up(x)))

@@ -1,0 +1,74 @@
+"""From integer capacities to places in the arena and bytes, before anything is allocated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+INT32_BYTES = 4
+TABLES_PER_HEAD = 6
+COUNTERS_PER_ROW = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArenaShape:
+    """The numbers that fix an arena's memory.
+
+    Args:
+        batch: rows, B.
+        num_layers: L.
+        num_kv_heads: H.
+        head_dim: D.
+        slots: places for one token of one KV head, per row, all layers together.
+        dtype: of keys and values.
+
+    Example:
+        >>> shape = ArenaShape(batch=1, num_layers=2, num_kv_heads=1, head_dim=4, slots=10, dtype=torch.float32)
+        >>> shape.nbytes == 10 * (2 * 4 * 4 + 4) + 2 * 6 * 4 + 2 * 4
+        True
+    """
+
+    batch: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    slots: int
+    dtype: torch.dtype
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one slot: key, value and position."""
+        return 2 * self.head_dim * self.dtype.itemsize + INT32_BYTES
+
+    @property
+    def row_overhead_bytes(self) -> int:
+        """Bytes of one row's tables and counters."""
+        return INT32_BYTES * (TABLES_PER_HEAD * self.num_layers * self.num_kv_heads + COUNTERS_PER_ROW)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything that the arena allocates."""
+        return self.batch * (self.slots * self.slot_bytes + self.row_overhead_bytes)
+
+    def slots_within(self, nbytes: int) -> int:
+        """How many slots per row fit into a number of bytes for the whole arena."""
+        return max(0, (nbytes // self.batch - self.row_overhead_bytes) // self.slot_bytes)
+
+
+def offsets(capacity_BLH: Tensor) -> Tensor:
+    """First slot of every region when regions follow each other, layer by layer and head by head.
+
+    Args:
+        capacity_BLH: slots of each region.
+
+    Returns:
+        (B, L, H) of the same dtype.
+
+    Example:
+        >>> offsets(torch.tensor([[[2, 3], [1, 4]]])).tolist()
+        [[[0, 2], [5, 6]]]
+    """
+    flat = capacity_BLH.flatten(1)
+    return (flat.cumsum(-1) - flat).view_as(capacity_BLH).to(capacity_BLH.dtype)

@@ -1,0 +1,420 @@
+"""The object that users hold: a model, its cache, and the steps between them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from layers.block import Block
+from layers.budget import Budget, parse_budget
+from layers.cache.arena import ArenaCache
+from layers.cache.prompt import PromptPass
+from layers.methods import build_method, needs_importance
+from layers.plan import ArenaShape
+from layers.sampler import sample
+from zoo.family import Decoder
+from zoo.load import Loaded, head_importance
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """What the cache holds.
+
+    Args:
+        cache: the method.
+        budget: as parsed; None for a cache that keeps everything.
+        kept: (B, L, H) int32, tokens held by each KV head.
+        nbytes: bytes of the cache's allocation.
+        full_nbytes: bytes that a full cache of the tokens seen would take, in the same dtype, keys and values alone.
+        tokens_seen: per row.
+        prefill: "whole" if every prompt so far was one dense pass, "chunked" if one was longer than `chunk_tokens`.
+    """
+
+    cache: str
+    budget: str | None
+    kept: Tensor
+    nbytes: int
+    full_nbytes: int
+    tokens_seen: list[int]
+    prefill: str
+
+
+class Engine:
+    """Runs a model over a cache of fixed size.
+
+    The cache is planned and allocated here. `prefill` starts a conversation, `step` decodes one token per row, `extend` adds
+    a turn; `generate` and `stream` do all of it. A prompt batch of another size makes a new cache of as many rows.
+
+    Args:
+        loaded: what `load` returned.
+        cache: a method's name, with options if wanted: "headkv", "headkv:beta=1.1,preset=published", "full".
+        budget: tokens per KV head kept of the prompt (128), a share of it ("12.5%") or bytes for everything ("64MiB"); None
+            takes the method's default. The full cache keeps every token and reads no budget.
+        max_new_tokens: tokens that `generate` and `stream` produce at most unless told otherwise.
+        decode_room: slots per KV head for generated tokens, on top of the budget; None takes `max_new_tokens`. Beyond it
+            the oldest generated tokens make place. The full cache has none of its own: all of it is room.
+        max_context: tokens of a conversation at most; None takes the model's trained context. A full cache is as large.
+        batch: rows to allocate now.
+        compile: compile blocks for decoding (torch.compile, one compilation for all layers).
+        importance: head-importance file for methods that need one; None takes the one that ships for the model.
+        chunk_tokens: prompts longer than this are taken in chunks of as many tokens, compressed after each.
+        allow_overflow: allow conversations longer than the model's trained context.
+
+    Raises:
+        ValueError: unknown method or option, **or** a budget that cannot be read or is below sinks and window, **or**
+            sizes that are not positive, **or** a context beyond the model's, **or** a cache larger than free memory.
+        CheckpointError: no usable head importance.
+
+    Example:
+        >>> from zoo import load  # doctest: +SKIP
+        >>> engine = Engine(load(), cache="headkv", budget=128, max_new_tokens=64)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        *,
+        cache: str = "headkv",
+        budget: int | str | None = None,
+        max_new_tokens: int = 256,
+        decode_room: int | None = None,
+        max_context: int | None = None,
+        batch: int = 1,
+        compile: bool = False,
+        importance: str | Path | None = None,
+        chunk_tokens: int = 16_384,
+        allow_overflow: bool = False,
+    ) -> None:
+        room = max_new_tokens if decode_room is None else decode_room
+        for name, value in {
+            "max_new_tokens": max_new_tokens,
+            "decode_room": room,
+            "max_context": max_context,
+            "batch": batch,
+            "chunk_tokens": chunk_tokens,
+        }.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        config = loaded.config
+        trained = config.max_position
+        if max_context is not None and max_context > trained and not allow_overflow:
+            raise ValueError(
+                f"max_context {max_context} is beyond the {trained} tokens that {loaded.name} was trained for: "
+                "lower it, or allow overflow"
+            )
+        scores = head_importance(loaded, importance) if needs_importance(cache) else None
+        self.loaded, self.model, self.max_new_tokens = loaded, loaded.model, max_new_tokens
+        self.method = build_method(cache, scores)
+        self.max_context = max_context or trained
+        self.chunk_tokens = chunk_tokens
+        keeps_all = self.method.default_budget is None
+        self.budget = None if keeps_all else parse_budget(self.method.default_budget if budget is None else budget)
+        self._room = 0 if keeps_all else room
+        weight = self.model.embed.weight
+        self._device, self._dtype = weight.device, weight.dtype
+        self._run_block = torch.compile(Block.forward, fullgraph=True) if compile else Block.forward
+        self._run_head = torch.compile(Decoder.logits, fullgraph=True) if compile else Decoder.logits
+        self._allocate(batch)
+        self.reset()
+
+    def _allocate(self, batch: int) -> None:
+        config = self.loaded.config
+        heads = config.num_layers * config.num_kv_heads
+
+        def shape(slots: int) -> ArenaShape:
+            return ArenaShape(
+                batch=batch,
+                num_layers=config.num_layers,
+                num_kv_heads=config.num_kv_heads,
+                head_dim=config.head_dim,
+                slots=slots,
+                dtype=self._dtype,
+            )
+
+        self._budget_tokens = self.max_context
+        if self.budget is not None and self.budget.kind == "bytes":
+            self._budget_tokens = shape(0).slots_within(int(self.budget.amount)) // heads - self._room
+        elif self.budget is not None:
+            self._budget_tokens = self._prompt_budget(self.max_context)
+        if self._budget_tokens < self.method.protected:
+            raise ValueError(
+                f"budget {self.budget} leaves {max(0, self._budget_tokens)} tokens per KV head for {batch} row(s), but "
+                f"{self.method.name} always keeps {self.method.sinks} sinks and the last {self.method.recent} tokens: "
+                f"raise the budget to at least {self.method.protected} tokens"
+            )
+        planned = shape(int(self._shares(self.max_context).sum()) + heads * self._room)
+        free = _free_bytes(self._device)
+        if planned.nbytes > free:
+            raise ValueError(
+                f"the {self.method.name} cache would take {planned.nbytes / 2**20:,.0f} MiB and "
+                f"{free / 2**20:,.0f} MiB are free: lower the budget, max_context or the batch"
+            )
+        self.cache = ArenaCache(planned, self._device)
+
+    def _prompt_budget(self, tokens: int) -> int:
+        """Mean tokens per KV head to keep of a prompt of so many tokens."""
+        budget = self.budget
+        if budget is None or budget.kind == "bytes":
+            return self._budget_tokens
+        return int(budget.amount if budget.kind == "tokens" else max(budget.amount * tokens, self.method.protected))
+
+    def _shares(self, tokens: int) -> Tensor:
+        """(L, H) tokens that each KV head may keep of so many, on the host."""
+        config = self.loaded.config
+        return self.method.allocator(
+            budget=self._prompt_budget(tokens),
+            prompt=tokens,
+            num_layers=config.num_layers,
+            num_kv_heads=config.num_kv_heads,
+        )
+
+    def reset(self) -> None:
+        """Forget the conversation; the memory stays allocated."""
+        self.cache.reset()
+        self.tokens_seen = [0] * self.cache.shape.batch
+        self._context = 0
+        self._prefill = "whole"
+        self._pending: list[list[int]] = [[] for _ in self.tokens_seen]
+
+    @torch.inference_mode()
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Start a conversation per row.
+
+        Args:
+            prompts: token ids, one sequence per row; lengths may differ.
+
+        Returns:
+            (B, V) logits of the token after each prompt.
+
+        Raises:
+            ValueError: no prompt, **or** an empty one, **or** one longer than the context, **or** an id outside the vocabulary.
+        """
+        self._check(prompts, seen=[0] * len(prompts))
+        if len(prompts) != self.cache.shape.batch:
+            self._allocate(len(prompts))
+        self.reset()
+        self._context = max(map(len, prompts))
+        return self._take_in(prompts)
+
+    @torch.inference_mode()
+    def extend(self, more: Sequence[Sequence[int]]) -> Tensor:
+        """Add a turn to every row; the cache stays and afterwards is within its budget again.
+
+        Args:
+            more: token ids, one sequence per row, none empty.
+
+        Returns:
+            (B, V) logits of the token after each turn.
+
+        Raises:
+            ValueError: no conversation has begun, **or** as for `prefill`, **or** the number of rows differs.
+        """
+        if not all(self.tokens_seen):
+            raise ValueError("extend needs a conversation: call prefill first")
+        if len(more) != len(self.tokens_seen):
+            raise ValueError(f"extend got {len(more)} rows, the conversation has {len(self.tokens_seen)}")
+        more = [[*pending, *ids] for pending, ids in zip(self._pending, more, strict=True)]
+        self._check(more, seen=self.tokens_seen)
+        return self._take_in(more)
+
+    def _check(self, prompts: Sequence[Sequence[int]], seen: Sequence[int]) -> None:
+        if not prompts:
+            raise ValueError("there is no prompt: give at least one sequence of token ids")
+        for row, (ids, before) in enumerate(zip(prompts, seen, strict=True)):
+            if not len(ids):
+                raise ValueError(f"the prompt of row {row} is empty: give at least one token")
+            if before + len(ids) > self.max_context:
+                earlier = f" after {before} earlier ones" if before else ""
+                raise ValueError(
+                    f"the prompt of row {row} has {len(ids)} tokens{earlier}, the context is {self.max_context} tokens: "
+                    "shorten it, or allow overflow with a larger max_context"
+                )
+            if not all(0 <= token < self.loaded.config.vocab_size for token in ids):
+                raise ValueError(f"row {row} has a token id outside 0..{self.loaded.config.vocab_size - 1}")
+
+    def _take_in(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        logits_BV = torch.empty(0)
+        try:
+            chunks = range(0, max(map(len, prompts)), self.chunk_tokens)
+            if len(chunks) > 1:
+                self._prefill = "chunked"
+            for start in chunks:
+                rows = [list(ids[start : start + self.chunk_tokens]) for ids in prompts]
+                chunk_BV = self._take_in_chunk(rows)
+                has_new_B1 = torch.tensor([[bool(ids)] for ids in rows], device=self._device)
+                logits_BV = torch.where(has_new_B1, chunk_BV, logits_BV) if start else chunk_BV
+        except BaseException:
+            self.reset()
+            raise
+        self._pending = [[] for _ in prompts]
+        return logits_BV
+
+    def _take_in_chunk(self, rows: list[list[int]]) -> Tensor:
+        lengths = [len(ids) for ids in rows]
+        ids_BT = torch.tensor([ids + [0] * (max(lengths) - len(ids)) for ids in rows], device=self._device)
+        seen = [before + new for before, new in zip(self.tokens_seen, lengths, strict=True)]
+        keep_BLH = torch.stack([self._shares(tokens) for tokens in seen])
+        room = [self._room if self.budget else self.max_context - tokens for tokens in seen]
+        chunk = PromptPass(self.cache, self.method, keep_BLH=keep_BLH, room=room, new_tokens=lengths)
+        x_BTE = self.model.hidden(ids_BT, chunk.position_BT, chunk, context=self._context)
+        chunk.finish()
+        self.tokens_seen = seen
+        last_B = torch.tensor(lengths, device=self._device).clamp(min=1) - 1
+        return self.model.logits(x_BTE[torch.arange(len(rows), device=self._device), last_B])
+
+    @torch.inference_mode()
+    def step(self, token_B: Tensor | Sequence[int], active_B: Tensor | Sequence[bool] | None = None) -> Tensor:
+        """Decode one token per row.
+
+        Args:
+            token_B: the token that each row continues with.
+            active_B: rows that take part, all by default; the others keep their state and their logits mean nothing.
+
+        Returns:
+            (B, V) logits of the next token.
+
+        Raises:
+            ValueError: no conversation has begun, **or** the number of rows differs, **or** the context is full.
+        """
+        batch = len(self.tokens_seen)
+        active = [True] * batch if active_B is None else [bool(flag) for flag in active_B]
+        if not all(self.tokens_seen):
+            raise ValueError("step needs a conversation: call prefill first")
+        if len(token_B) != batch or len(active) != batch:
+            raise ValueError(f"step got {len(token_B)} tokens and {len(active)} flags, the conversation has {batch} rows")
+        if any(self.is_full(row) for row in range(batch) if active[row]):
+            raise ValueError(f"the context of {self.max_context} tokens is full: reset, or make the engine larger")
+        token_BT = torch.as_tensor(token_B, device=self._device)[:, None]
+        self.cache.begin_step(torch.tensor(active, device=self._device))
+        x_BTE = self.model.hidden(
+            token_BT, self.cache.position[:, None], self.cache, context=self._context, run_block=self._run_block
+        )
+        logits_BV = self._run_head(self.model, x_BTE[:, -1])
+        self.cache.end_step()
+        self.tokens_seen = [seen + flag for seen, flag in zip(self.tokens_seen, active, strict=True)]
+        return logits_BV
+
+    def is_full(self, row: int) -> bool:
+        """Whether a row's conversation has reached `max_context`."""
+        return self.tokens_seen[row] >= self.max_context
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int = 0,
+    ) -> list[list[int]]:
+        """Continue prompts, each until a stop token, its limit or the end of the context.
+
+        Args:
+            prompts: token ids, one sequence per row.
+            max_new_tokens: limit per row; None takes the engine's.
+            temperature: 0 is greedy.
+            top_k: see `layers.sampler.sample`.
+            top_p: see there.
+            min_p: see there.
+            seed: row i uses seed + i.
+
+        Returns:
+            New ids per row, without the stop token.
+        """
+        logits_BV = self.prefill(prompts)
+        new: list[list[int]] = [[] for _ in prompts]
+        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        for tokens, active in self._decode(logits_BV, max_new_tokens, seed, sampling):
+            for ids, token, flag in zip(new, tokens, active, strict=True):
+                if flag:
+                    ids.append(token)
+        return new
+
+    def stream(
+        self,
+        ids: Sequence[int],
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int = 0,
+    ) -> Iterator[int]:
+        """Add a turn to a single conversation, or begin one, and yield the answer token by token.
+
+        What was yielded is part of the conversation, also when the caller stops early or interrupts.
+
+        Args:
+            ids: the turn's token ids.
+            max_new_tokens: limit; None takes the engine's.
+            temperature: 0 is greedy.
+            top_k: see `layers.sampler.sample`.
+            top_p: see there.
+            min_p: see there.
+            seed: of the random stream.
+
+        Yields:
+            New ids, without the stop token.
+
+        Raises:
+            ValueError: as for `prefill` and `extend`.
+        """
+        logits_BV = self.extend([ids]) if all(self.tokens_seen) else self.prefill([ids])
+        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        for tokens, _ in self._decode(logits_BV, max_new_tokens, seed, sampling):
+            yield tokens[0]
+
+    def _decode(
+        self, logits_BV: Tensor, limit: int | None, seed: int, sampling: dict[str, float]
+    ) -> Iterator[tuple[list[int], list[bool]]]:
+        """Sample and step; a token is pending from the moment it is handed out until the cache holds it."""
+        limit = self.max_new_tokens if limit is None else limit
+        batch = len(self.tokens_seen)
+        seed_B = torch.arange(seed, seed + batch, device=self._device)
+        active = [True] * batch
+        for count in range(limit):
+            token_B = sample(logits_BV, seed_B, self.cache.position, **sampling)  # type: ignore[arg-type]
+            tokens: list[int] = token_B.tolist()
+            active = [
+                flag and token not in self.loaded.chat.stop_ids and not self.is_full(row)
+                for row, (flag, token) in enumerate(zip(active, tokens, strict=True))
+            ]
+            if not any(active):
+                return
+            self._pending = [[token] if flag else [] for token, flag in zip(tokens, active, strict=True)]
+            yield tokens, active
+            if count + 1 < limit:
+                logits_BV = self.step(token_B, active)
+                self._pending = [[] for _ in tokens]
+
+    def stats(self) -> Stats:
+        """What the cache holds now."""
+        config = self.loaded.config
+        token_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * self._dtype.itemsize
+        return Stats(
+            cache=self.method.name,
+            budget=None if self.budget is None else str(self.budget),
+            kept=self.cache.length.clone(),
+            nbytes=self.cache.nbytes,
+            full_nbytes=sum(self.tokens_seen) * token_bytes,
+            tokens_seen=list(self.tokens_seen),
+            prefill=self._prefill,
+        )
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,115 @@
+"""From a model's name to everything that is needed to run it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from checkpoints import CheckpointError
+from checkpoints.chat import Chat, load_chat
+from checkpoints.config import ModelConfig, config_hash, load_config
+from checkpoints.importance import read_importance
+from checkpoints.resolve import DEFAULT_MODEL, resolve
+from checkpoints.tokenizer import Tokenizer, load_tokenizer
+from checkpoints.weights import load_state
+from zoo.family import Decoder
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PACKAGED_IMPORTANCE = Path(__file__).with_name("importance")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A model that can be run.
+
+    Args:
+        name: as the user wrote it.
+        model: the decoder, on its device, in its dtype.
+        tokenizer: text to ids and back.
+        chat: messages to text and ids.
+        config: the model's numbers.
+    """
+
+    name: str
+    model: Decoder
+    tokenizer: Tokenizer
+    chat: Chat
+    config: ModelConfig
+
+
+def load(name: str = DEFAULT_MODEL, *, dtype: str = "float32", device: str = "cpu", progress: bool = True) -> Loaded:
+    """Load a model.
+
+    Args:
+        name: an alias, a checkpoint directory, a .gguf file or a hub id.
+        dtype: "float32", "bfloat16" or "float16".
+        device: where the model runs, e.g. "cpu" or "cuda".
+        progress: show progress bars on stderr.
+
+    Returns:
+        Model, tokenizer, chat template and configuration.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be found or used.
+        ValueError: unknown dtype, **or** a device that is not there.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not supported: choose from {', '.join(DTYPES)}")
+    place = checked_device(device)
+    path = resolve(name, progress=progress)
+    config = load_config(path)
+    tokenizer = load_tokenizer(path)
+    chat = load_chat(path, tokenizer, config.model_type)
+    with torch.device("meta"):
+        model = Decoder(config)
+    state = load_state(path, config, dtype=DTYPES[dtype], device=str(place), progress=progress)
+    model.load_state_dict(state, assign=True)
+    model = model.to(place).eval().requires_grad_(False)
+    return Loaded(name=name, model=model, tokenizer=tokenizer, chat=chat, config=config)
+
+
+def checked_device(device: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ValueError: torch knows no such device, **or** it is not there.
+    """
+    try:
+        place = torch.device(device)
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {device!r} cannot be used here ({reason}): try cpu") from None
+    if place.type == "meta":
+        raise ValueError("device 'meta' holds no numbers: try cpu")
+    return place
+
+
+def head_importance(loaded: Loaded, path: str | Path | None = None) -> dict[str, Tensor]:
+    """Head-importance scores of a model: from a file, or from those that ship with the package.
+
+    Args:
+        loaded: the model.
+        path: an importance file; None searches the package for one of the same model and tokenizer.
+
+    Returns:
+        (L, N) fp32 scores by kind ("r", "r2").
+
+    Raises:
+        CheckpointError: the file is not one, **or** belongs to another model, **or** none ships for this model.
+    """
+    if path is None:
+        mine = config_hash(loaded.config)
+        shipped = sorted(_PACKAGED_IMPORTANCE.glob("*.json"))
+        path = next((file for file in shipped if json.loads(file.read_text()).get("config_hash") == mine), None)
+    if path is None:
+        raise CheckpointError(
+            f"no head importance ships for {loaded.name}: make a file with `python -m recipes.calibrate_heads "
+            f"--model {loaded.name} --output importance.json`, then pass --importance importance.json"
+        )
+    scores = read_importance(Path(path), config=loaded.config, tokenizer_hash=loaded.tokenizer.fingerprint())
+    return {kind: torch.tensor(entry.scores_LN) for kind, entry in scores.items()}
