@@ -117,11 +117,11 @@ def load_config(path: Path) -> ModelConfig:
     Example:
         >>> import tempfile
         >>> directory = Path(tempfile.mkdtemp())
-        >>> dims = "hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
-        >>> numbers = dict.fromkeys(["vocab_size", "max_position_embeddings", *dims], 8)
-        >>> _ = (directory / "config.json").write_text(json.dumps({"model_type": "qwen2", **numbers}))
-        >>> load_config(directory).qkv_bias
-        True
+        >>> _ = (directory / "config.json").write_text('''{"model_type": "llama", "vocab_size": 49152,
+        ...     "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+        ...     "num_key_value_heads": 3, "max_position_embeddings": 8192, "rope_theta": 100000}''')
+        >>> load_config(directory).head_dim
+        64
     """
     from checkpoints import config_gguf, config_huggingface, config_meta
 
@@ -137,7 +137,7 @@ def load_config(path: Path) -> ModelConfig:
         )
     for wrong, what in (
         (config.num_heads % config.num_kv_heads, f"{config.num_heads} query heads on {config.num_kv_heads} KV heads"),
-        (config.head_dim % 2, f"the head dimension {config.head_dim}, which must be even"),
+        (config.head_dim % 2 or not config.head_dim, f"the head dimension {config.head_dim}, which must be even"),
         (config.rope.theta <= 1, f"the RoPE base {config.rope.theta}, which must be above 1"),
         (config.rope.factor < 1, f"the RoPE scaling factor {config.rope.factor}, which must be at least 1"),
     ):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from checkpoints.errors import CheckpointError
 
+MAX_LAYERS = 10_000
 REQUIRED: Any = object()  # as a default: the value must be there
 
 
@@ -31,11 +32,11 @@ class Fields:
             raise self.refuse(f"{key} is missing")
         return default if value is None else value
 
-    def integer(self, key: str, default: Any = REQUIRED) -> Any:
-        """Take a positive integer."""
+    def integer(self, key: str, default: Any = REQUIRED, most: int = 2**31 - 1) -> Any:
+        """Take an integer from 1 to `most`."""
         value = self.get(key, default)
-        if value is not default and (type(value) is not int or value < 1):
-            raise self.refuse(f"{key} must be a positive integer, not {value!r}")
+        if value is not default and (type(value) is not int or not 1 <= value <= most):
+            raise self.refuse(f"{key} must be an integer from 1 to {most}, not {value!r}")
         return value
 
     def number(self, key: str, default: Any = REQUIRED) -> Any:
@@ -43,7 +44,7 @@ class Fields:
         value = self.get(key, default)
         if value is default:
             return value
-        if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
+        if type(value) not in (int, float) or not 0 <= value <= sys.float_info.max:
             raise self.refuse(f"{key} must be a number >= 0, not {value!r}")
         return float(value)
 
@@ -57,7 +58,7 @@ class Fields:
     def factors(self, key: str, head_dim: int) -> tuple[float, ...]:
         """Take a list of head_dim / 2 positive numbers."""
         values = self.get(key, REQUIRED)
-        good = isinstance(values, list) and all(type(v) in (int, float) and 0 < v < math.inf for v in values)
+        good = isinstance(values, list) and all(type(v) in (int, float) and 0 < v <= sys.float_info.max for v in values)
         if not good or len(values) != head_dim // 2:
             raise self.refuse(f"{key} must be a list of {head_dim // 2} positive numbers")
         return tuple(float(value) for value in values)

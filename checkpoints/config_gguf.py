@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.config import ModelConfig, RopeConfig
-from checkpoints.config_fields import Fields
+from checkpoints.config_fields import MAX_LAYERS, Fields
 from checkpoints.errors import CheckpointError
 from checkpoints.gguf import GgufFile
 
@@ -50,7 +50,7 @@ def read(path: Path) -> ModelConfig:
     for key in ("attention.value_length", "rope.dimension_count"):
         if fields.integer(key, head_dim) != head_dim:
             raise fields.refuse(f"{key} = {fields.get(key)} other than the head dimension {head_dim} is not supported")
-    num_layers, max_position = fields.integer("block_count"), fields.integer("context_length")
+    num_layers, max_position = fields.integer("block_count", most=MAX_LAYERS), fields.integer("context_length")
     window = fields.integer("attention.sliding_window", None) if architecture == "llama" else None
     return ModelConfig(
         model_type="mistral" if window else architecture,

@@ -5,16 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from checkpoints.config import MODEL_TYPES, ROPE_KINDS, ModelConfig, RopeConfig
-from checkpoints.config_fields import REQUIRED, Fields, read_fields
+from checkpoints.config_fields import MAX_LAYERS, REQUIRED, Fields, read_fields
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
-
-
-def _extended(rope: RopeConfig, max_position: int) -> int:
-    """The usable context: config.json may state the one before dynamic or yarn scaling (or, for yarn, after it)."""
-    if rope.kind in ("dynamic", "yarn"):
-        return max(max_position, int(rope.factor * (rope.original_max_position or max_position)))
-    return max_position
 
 
 def read(path: Path) -> ModelConfig:
@@ -44,8 +37,6 @@ def read(path: Path) -> ModelConfig:
     if dtype not in _DTYPES:
         raise fields.refuse(f"dtype {dtype!r} is not supported; supported are {', '.join(_DTYPES)}")
     width, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    if width % num_heads and "head_dim" not in fields.data:
-        raise fields.refuse(f"hidden_size {width} is not a multiple of num_attention_heads {num_heads}")
     head_dim = fields.integer("head_dim", 128 if model_type == "qwen3" else width // num_heads)
     # transformers fills an absent key from the class and an explicit null from the query heads.
     absent_kv_heads = {"mistral": 8, "qwen2": 32, "qwen3": 32}.get(model_type, num_heads)
@@ -53,7 +44,7 @@ def read(path: Path) -> ModelConfig:
         "num_key_value_heads", num_heads if "num_key_value_heads" in fields.data else absent_kv_heads
     )
     attention_bias = fields.flag("attention_bias", False) and model_type in ("llama", "qwen3")
-    num_layers = fields.integer("num_hidden_layers")
+    num_layers = fields.integer("num_hidden_layers", most=MAX_LAYERS)
     max_position = fields.integer("max_position_embeddings")
     rope = _rope(fields, max_position, head_dim)
     return ModelConfig(
@@ -76,6 +67,13 @@ def read(path: Path) -> ModelConfig:
         layer_windows=_windows(fields, model_type, num_layers),
         dtype=dtype,
     )
+
+
+def _extended(rope: RopeConfig, max_position: int) -> int:
+    """The usable context: config.json may state the one before dynamic or yarn scaling (or, for yarn, after it)."""
+    if rope.kind in ("dynamic", "yarn"):
+        return max(max_position, int(rope.factor * (rope.original_max_position or max_position)))
+    return max_position
 
 
 def _windows(fields: Fields, model_type: str, num_layers: int) -> tuple[int | None, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from checkpoints.config import ModelConfig, RopeConfig
-from checkpoints.config_fields import read_fields
+from checkpoints.config_fields import MAX_LAYERS, read_fields
 from checkpoints.meta_pth import MetaShards
 
 _SHAPE_KEYS = {"dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier"}
@@ -31,7 +31,11 @@ def read(path: Path) -> ModelConfig:
     unknown = sorted(key for key in fields.data.keys() - _KNOWN if fields.data[key] is not None)
     if unknown:
         raise fields.refuse(f"{unknown[0]} is not supported; supported are {', '.join(sorted(_KNOWN))}")
-    width, num_heads, num_layers = fields.integer("dim"), fields.integer("n_heads"), fields.integer("n_layers")
+    width, num_heads, num_layers = (
+        fields.integer("dim"),
+        fields.integer("n_heads"),
+        fields.integer("n_layers", most=MAX_LAYERS),
+    )
     shards = MetaShards(path.parent, width)
     if "tok_embeddings.weight" not in shards.shapes:
         raise fields.refuse("the weights beside it have no tok_embeddings.weight: they are not a Llama's")

@@ -60,14 +60,18 @@ class GgufFile:
         self.path = path
         self.metadata: dict[str, Any] = {}
         self.tensors: dict[str, GgufTensor] = {}
-        try:
-            # Copy on write: PyTorch wants arrays that it might write to; the file stays as it is.
-            self._bytes = np.memmap(path, np.uint8, mode="c")
-        except ValueError as error:
-            raise CheckpointError(f"{path} is not a GGUF file: it is empty") from error
+        if path.stat().st_size == 0:
+            raise CheckpointError(f"{path} is not a GGUF file: it is empty")
+        # Copy on write: PyTorch wants arrays that it might write to; the file stays as it is.
+        self._bytes = np.memmap(path, np.uint8, mode="c")
         self._view = self._bytes.data
         self._at = 0
         self._parse()
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape, rows first."""
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
 
     def read(self, name: str) -> torch.Tensor:
         """Dequantise one tensor.

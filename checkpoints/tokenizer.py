@@ -79,7 +79,7 @@ _READERS: dict[str, Callable[[Path], Tokenizer]] = {
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Read the tokenizer of a checkpoint.
+    r"""Read the tokenizer of a checkpoint.
 
     Args:
         path: a checkpoint directory, of whose tokenizer files the first of tokenizer.json, tekken.json, tokenizer.model
@@ -96,7 +96,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         >>> folder = Path(tempfile.mkdtemp())
         >>> words = [bytes([byte]) for byte in range(256)] + [b"he", b"ll", b"hell"]
         >>> vocab = [{"rank": rank, "token_bytes": base64.b64encode(word).decode()} for rank, word in enumerate(words)]
-        >>> config = {"pattern": r"\\w+|\\W+", "default_vocab_size": 279, "default_num_special_tokens": 20, "version": "v3"}
+        >>> config = {"pattern": r"\w+|\W+", "default_vocab_size": 279, "default_num_special_tokens": 20}
         >>> _ = (folder / "tekken.json").write_text(json.dumps({"config": config, "vocab": vocab}))
         >>> tokenizer = load_tokenizer(folder)
         >>> tokenizer.encode("hello</s>", special=True)

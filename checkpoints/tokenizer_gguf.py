@@ -1,9 +1,7 @@
-"""The vocabulary inside a GGUF file, and the metadata it is read from."""
+"""The vocabulary inside a GGUF file."""
 
 from __future__ import annotations
 
-import mmap
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
 from checkpoints.errors import CheckpointError
+from checkpoints.gguf import GgufFile
 from checkpoints.tokenizer_files import Roles
 from checkpoints.tokenizer_hf import TokenizersEncoder, byte_level_bytes
 from checkpoints.tokenizer_sentencepiece import serialise_model, tokenizer_of_model
@@ -20,69 +19,6 @@ from checkpoints.tokenizer_tiktoken import LLAMA3_PATTERN, QWEN_PATTERN
 from checkpoints.tokenizer_vocab import VocabTokenizer, table
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # types of tokens
-
-
-class _Values:
-    """Reads the values of a GGUF file one after the other."""
-
-    _FORMATS = "BbHhIif?SAQqd"  # struct's letters by type number; S and A stand for string and array
-
-    def __init__(self, data: mmap.mmap) -> None:
-        self._data, self._position = data, 0
-
-    def take(self, size: int) -> bytes:
-        begin, self._position = self._position, self._position + size
-        if self._position > len(self._data):
-            raise ValueError(f"it ends inside its metadata, after {len(self._data)} bytes")
-        return self._data[begin : self._position]
-
-    def numbers(self, letter: str, count: int) -> tuple[Any, ...]:
-        return struct.unpack(f"<{count}{letter}", self.take(count * struct.calcsize(f"<{letter}")))
-
-    def string(self) -> str:
-        return self.take(self.numbers("Q", 1)[0]).decode()
-
-    def value(self) -> Any:
-        letter = self._letter()
-        if letter != "A":
-            return self.string() if letter == "S" else self.numbers(letter, 1)[0]
-        inner, count = self._letter(), self.numbers("Q", 1)[0]
-        if inner == "A":
-            raise ValueError("it has an array of arrays in its metadata")
-        return [self.string() for _ in range(count)] if inner == "S" else [*self.numbers(inner, count)]
-
-    def _letter(self) -> str:
-        kind: int = self.numbers("I", 1)[0]
-        if kind >= len(self._FORMATS):
-            raise ValueError(f"it has a value of the unknown type {kind} in its metadata")
-        return self._FORMATS[kind]
-
-
-def read_gguf_metadata(path: Path) -> dict[str, Any]:
-    """Read the key-value part of a GGUF file, in a fraction of the time that the gguf library takes.
-
-    Args:
-        path: a .gguf file, little-endian, of version 2 or 3.
-
-    Returns:
-        Numbers, booleans, strings and flat lists of them by key.
-
-    Raises:
-        CheckpointError: the file cannot be read, is no such file, or ends too early.
-    """
-    try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            values = _Values(data)
-            if values.take(4) != b"GGUF":
-                raise ValueError("it does not begin with GGUF")
-            version, _, num_values = (*values.numbers("I", 1), *values.numbers("Q", 2))
-            if version not in (2, 3):
-                raise ValueError(f"it is of version {version}, not 2 or 3")
-            return {values.string(): values.value() for _ in range(num_values)}
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}): check that it is there") from error
-    except (ValueError, OverflowError, struct.error) as error:
-        raise CheckpointError(f"{path} is not a readable GGUF file ({error}): get the file again") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,41 +64,45 @@ def read_gguf_tokenizer(path: Path) -> VocabTokenizer:
     Raises:
         CheckpointError: the file is damaged; it has no vocabulary, or one of an unsupported kind.
     """
-    metadata = read_gguf_metadata(path)
+    metadata = GgufFile(path).metadata
 
-    def entry(name: str, default: Any = None) -> Any:
+    def entry(name: str, kind: type, default: Any = None) -> Any:
         value = metadata.get(f"tokenizer.ggml.{name}", default)
-        if value is None:
-            raise CheckpointError(
-                f"{path} has no tokenizer.ggml.{name}: convert the model again with a newer converter"
-            )
+        if type(value) is not kind:
+            raise CheckpointError(f"{path} has no usable tokenizer.ggml.{name}: convert the model again")
         return value
 
-    kind, tokens = entry("model"), entry("tokens")
-    types = entry("token_type", [1] * len(tokens))
-    roles = Roles(
-        bos=metadata.get("tokenizer.ggml.bos_token_id", 1 if kind == "llama" else None),
-        eos=metadata.get("tokenizer.ggml.eos_token_id", 2 if kind == "llama" else None),
-        adds_bos=metadata.get("tokenizer.ggml.add_bos_token"),
-        control=frozenset(),
-        added={},
-    )
-    if len(types) != len(tokens) or not all(i is None or i in range(len(tokens)) for i in (roles.bos, roles.eos)):
+    def texts(name: str) -> list[str]:
+        values: list[str] = entry(name, list)
+        try:
+            "".join(values).encode()
+        except (TypeError, UnicodeEncodeError) as error:
+            raise CheckpointError(f"{path} has a tokenizer.ggml.{name} that is no text: get the file again") from error
+        return values
+
+    kind, tokens = entry("model", str), texts("tokens")
+    ids = range(len(tokens))
+    types = entry("token_type", list, [1] * len(ids))
+    bos, eos = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos"))
+    if len(types) != len(ids) or not all(token is None or token in ids for token in (bos, eos)):
         raise CheckpointError(
-            f"{path} has {len(tokens)} tokens, {len(types)} types of tokens, BOS {roles.bos} and EOS {roles.eos}, "
-            "which do not fit together: get the file again"
+            f"{path} has {len(ids)} tokens, {len(types)} types of tokens, BOS {bos} and EOS {eos}, which do not fit "
+            "together: get the file again"
         )
+    adds_bos = metadata.get("tokenizer.ggml.add_bos_token")
+    roles = Roles(bos=bos, eos=eos, adds_bos=adds_bos, control=frozenset(), added={})
     if kind == "gpt2":
-        return _byte_level_tokenizer(path, tokens, types, entry("merges"), entry("pre"), roles)
+        return _byte_level_tokenizer(path, tokens, types, texts("merges"), entry("pre", str), roles)
     if kind != "llama":
         raise CheckpointError(f"{path} has a vocabulary of the kind {kind!r}: supported are gpt2 and llama")
 
-    unknown_id = types.index(_UNKNOWN) if _UNKNOWN in types else entry("unknown_token_id", 0)
+    scores = entry("scores", list)
+    if _UNKNOWN not in types:  # some converters call it a control token
+        types[entry("unknown_token_id", int, 0)] = _UNKNOWN
     model = serialise_model(
-        zip(tokens, entry("scores"), [*types[:unknown_id], _UNKNOWN, *types[unknown_id + 1 :]], strict=False),
-        unknown_id=unknown_id,
-        prefix_space=entry("add_space_prefix", True),
-        squeeze_spaces=entry("remove_extra_whitespaces", False),
+        zip(tokens, scores, types, strict=False),
+        prefix_space=entry("add_space_prefix", bool, True),
+        squeeze_spaces=entry("remove_extra_whitespaces", bool, False),
     )
     return tokenizer_of_model(path, model, roles)
 

@@ -42,11 +42,11 @@ def _byte_of_character() -> dict[str, int]:
 
 
 def byte_level_bytes(token: str) -> bytes:
-    """The bytes of a token of byte-level BPE; a token in other characters stands for itself.
+    r"""The bytes of a token of byte-level BPE; a token in other characters stands for itself.
 
     Example:
         >>> byte_level_bytes("Ġcaf"), byte_level_bytes("日")
-        (b' caf', b'\\xe6\\x97\\xa5')
+        (b' caf', b'\xe6\x97\xa5')
     """
     table = _byte_of_character()
     try:
@@ -66,8 +66,8 @@ def read_tokenizer_json(path: Path) -> VocabTokenizer:
     unprefixed = _without_prefix(spec)
     inner = start if unprefixed is None else _library_tokenizer(path, unprefixed, roles.control)
     model, decoders = spec["model"], {str(step.get("type")): step for step in _steps(spec.get("decoder"))}
-    if model.get("type", "BPE") != "BPE":
-        raise CheckpointError(f"{path} has a model of type {model['type']}: the supported type is BPE")
+    if model.get("type") != "BPE":
+        raise CheckpointError(f"{path} has a model of type {model.get('type')}: the supported type is BPE")
     if "ByteLevel" in decoders:
         to_bytes = byte_level_bytes
     elif "Metaspace" in decoders or "Replace" in decoders:
@@ -78,7 +78,7 @@ def read_tokenizer_json(path: Path) -> VocabTokenizer:
         )
 
     added, vocabulary = start.get_added_tokens_decoder(), start.get_vocab(with_added_tokens=True)
-    special = {text: i for text, i in (roles.added | vocabulary).items() if text in roles.control}
+    special = {text: i for text, i in {**roles.added, **vocabulary}.items() if text in roles.control}
     special |= {token.content: i for i, token in added.items() if token.special}
     pieces = {i: to_bytes(text) for text, i in vocabulary.items()}
     pieces |= {i: token.content.encode() for i, token in added.items()}

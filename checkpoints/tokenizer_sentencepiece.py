@@ -1,4 +1,4 @@
-"""Vocabularies that the sentencepiece library encodes: the tokenizer.model of Llama 2 and Mistral, and GGUF's "llama"."""
+"""Vocabularies that the sentencepiece library encodes: Llama 2's and Mistral's tokenizer.model, and GGUF's "llama"."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class SentencePieceEncoder:
 
 
 def spaced_bytes(token: str) -> bytes:
-    """The bytes of a token in which U+2581 stands for a space and <0xE2> for a byte.
+    r"""The bytes of a token in which U+2581 stands for a space and <0xE2> for a byte.
 
     Example:
         >>> spaced_bytes("▁the"), spaced_bytes("<0x0A>")
-        (b' the', b'\\n')
+        (b' the', b'\n')
     """
     if match := re.fullmatch(r"<0x([0-9A-F]{2})>", token):
         return bytes.fromhex(match[1])
@@ -82,7 +82,7 @@ def tokenizer_of_model(path: Path, model: bytes, roles: Roles) -> VocabTokenizer
     ids = range(processor.get_piece_size())
     texts: list[str] = processor.id_to_piece(list(ids))
     special = {texts[i]: i for i in ids if processor.IsControl(i) or processor.IsUnknown(i)}
-    special |= {text: i for i, text in enumerate(texts) if text in roles.control} | roles.added
+    special |= {**{text: i for i, text in enumerate(texts) if text in roles.control}, **roles.added}
     pieces = {i: spaced_bytes(text) for i, text in enumerate(texts)}
     pieces |= {i: text.encode() for text, i in special.items()}
 
@@ -103,14 +103,11 @@ def tokenizer_of_model(path: Path, model: bytes, roles: Roles) -> VocabTokenizer
     )
 
 
-def serialise_model(
-    pieces: Iterable[tuple[str, float, int]], *, unknown_id: int, prefix_space: bool, squeeze_spaces: bool
-) -> bytes:
+def serialise_model(pieces: Iterable[tuple[str, float, int]], *, prefix_space: bool, squeeze_spaces: bool) -> bytes:
     """Write a vocabulary as the BPE model with byte fallback that the library reads.
 
     Args:
         pieces: text, score and type of each token; the types are the library's own numbers, which GGUF also uses.
-        unknown_id: the token for what has no other.
         prefix_space: put a space before a text.
         squeeze_spaces: make one space of several.
 
@@ -125,7 +122,7 @@ def serialise_model(
         _message(1, _message(1, text.encode()) + b"\x15" + struct.pack("<f", score) + _number(3, kind))
         for text, score, kind in pieces
     )
-    trainer = _number(3, 2) + _number(35, 1) + _number(40, unknown_id)
+    trainer = _number(3, 2) + _number(35, 1)
     normalizer = _message(1, b"identity") + _number(3, prefix_space) + _number(4, squeeze_spaces) + _number(5, 1)
     return model + _message(2, trainer) + _message(3, normalizer)
 

@@ -41,7 +41,7 @@ _LONGEST_SPACE = 500_000
 
 
 class TiktokenEncoder:
-    """Encodes plain text with the tiktoken library.
+    r"""Encodes plain text with the tiktoken library.
 
     Args:
         pattern: the regular expression that cuts a text into words.
@@ -54,7 +54,7 @@ class TiktokenEncoder:
 
     Example:
         >>> words = [bytes([byte]) for byte in range(256)] + [b"ab"]
-        >>> TiktokenEncoder(r"\\w+|\\W+", words, first_id=10).encode("abc", start=True)
+        >>> TiktokenEncoder(r"\w+|\W+", words, first_id=10).encode("abc", start=True)
         [266, 109]
     """
 
@@ -120,6 +120,8 @@ def read_tekken_json(path: Path) -> VocabTokenizer:
         texts = dict(enumerate(_TEKKEN_SPECIAL)) if listed is None else {t["rank"]: t["token_str"] for t in listed}
         special = {str(texts.get(i, f"<SPECIAL_{i}>")): i for i in range(num_special)}
         pattern = str(spec["config"]["pattern"])
+        if len(special) != num_special:
+            raise ValueError(f"{num_special - len(special)} control tokens come twice")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path} is not a tekken.json ({type(error).__name__}: {error}): get the file again"
@@ -158,17 +160,16 @@ def _tokenizer(
     eos: str,
     nfc: bool = False,
 ) -> VocabTokenizer:
-    control = {i: text.encode() for text, i in special.items()}
-    first_id = 0 if 0 not in control else len(control)
+    control = [text.encode() for text in special]
+    comes_first = min(special.values(), default=len(words)) == 0
     try:
-        encoder = TiktokenEncoder(pattern, words, first_id=first_id, nfc=nfc)
+        encoder = TiktokenEncoder(pattern, words, first_id=len(control) if comes_first else 0, nfc=nfc)
         bos_id, eos_id = None if bos is None else special[bos], special[eos]
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{path} holds no usable vocabulary ({error}): get the file again") from error
-    ordinary = dict(enumerate(words, start=first_id))
     return VocabTokenizer(
         encoder=encoder,
-        pieces=[(control | ordinary)[i] for i in range(len(control) + len(words))],
+        pieces=[*control, *words] if comes_first else [*words, *control],
         special_tokens=special,
         bos_id=bos_id,
         eos_id=eos_id,

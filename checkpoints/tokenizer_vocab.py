@@ -161,14 +161,14 @@ class VocabTokenizer:
 
 
 class ByteStream:
-    """Decodes ids one by one, holding back the bytes of an unfinished character.
+    r"""Decodes ids one by one, holding back the bytes of an unfinished character.
 
     Args:
         piece: the bytes of an id.
         strips_space: take one space away from the beginning of the text.
 
     Example:
-        >>> stream = ByteStream({0: b" caf", 1: b"\\xc3", 2: b"\\xa9"}.__getitem__, strips_space=True)
+        >>> stream = ByteStream({0: b" caf", 1: b"\xc3", 2: b"\xa9"}.__getitem__, strips_space=True)
         >>> stream.push(0), stream.push(1), stream.push(2), stream.flush()
         ('caf', '', 'é', '')
     """

@@ -41,7 +41,8 @@ def ragged_compact(
 
     Example:
         >>> import torch
-        >>> k_arena, v_arena, pos = torch.zeros(1, 2, 1), torch.zeros(1, 2, 1), torch.full((1, 2), -1, dtype=torch.int32)
+        >>> k_arena, v_arena = torch.zeros(1, 2, 1), torch.zeros(1, 2, 1)
+        >>> pos = torch.full((1, 2), -1, dtype=torch.int32)
         >>> k = torch.tensor([10.0, 11, 12]).view(1, 1, 3, 1); places = torch.arange(3, dtype=torch.int32).view(1, 1, 3)
         >>> score = torch.tensor([[[0.2, 0.1, 0.9]]]); zero, two = torch.zeros(1, 1).int(), torch.full((1, 1), 2)
         >>> ragged_compact(k_arena, v_arena, pos, zero, two, 2, k, k, places, score)

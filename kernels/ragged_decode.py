@@ -58,4 +58,5 @@ def ragged_decode(
     q_BHGD = q_BND.view(B, H, N // H, D)
     score_BHGC = (q_BHGD @ k_BHCD.transpose(-1, -2)).float() * D**-0.5
     weight_BHGC = score_BHGC.masked_fill(~keep_BHC[:, :, None], float("-inf")).softmax(-1)
-    return (weight_BHGC.to(v_BHCD.dtype) @ v_BHCD).reshape(B, N, D)
+    o_BHGD: Tensor = weight_BHGC.to(v_BHCD.dtype) @ v_BHCD
+    return o_BHGD.reshape(B, N, D)

@@ -20,8 +20,8 @@ def ragged_prefill(
     """Attend from T new tokens to the S tokens stored so far, the new ones included, causally by position.
 
     The last T of the S stored tokens are the new ones; the first S - T are a past that may differ from head to head.
-    Without past and within the window this is plain causal attention and no mask is built. Otherwise the mask of one KV head and
-    at most 1024 queries exists at a time.
+    Without past and within the window this is plain causal attention and no mask is built. Otherwise the mask of one
+    KV head and at most 1024 queries exists at a time.
 
     Args:
         q_BTND: queries after RoPE.

@@ -84,4 +84,5 @@ class Attention(nn.Module):
         q_BTND, k_BTHD = apply_rope(q_BTND, *rotation), apply_rope(k_BTHD, *rotation)
         assert isinstance(self.layer_1, Tensor)
         o_BTND = cache.attend(self.layer_1, q_BTND, k_BTHD, v_BTHD, self.window)
-        return self.out(o_BTND.flatten(2))
+        y_BTE: Tensor = self.out(o_BTND.flatten(2))
+        return y_BTE

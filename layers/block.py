@@ -38,4 +38,5 @@ class Block(nn.Module):
     def forward(self, x_BTE: Tensor, rotation: tuple[Tensor, Tensor], cache: KVCache) -> Tensor:
         """Transform hidden states (B, T, E) to (B, T, E)."""
         x_BTE = x_BTE + self.attention(self.attention_norm(x_BTE), rotation, cache)
-        return x_BTE + self.mlp(self.mlp_norm(x_BTE))
+        y_BTE: Tensor = x_BTE + self.mlp(self.mlp_norm(x_BTE))
+        return y_BTE

@@ -15,7 +15,7 @@ class Budget:
     """A parsed budget.
 
     Args:
-        kind: "tokens" (slots per KV head kept of the prompt), "share" (of the prompt's tokens) or "bytes" (whole cache).
+        kind: "tokens" (slots per KV head kept of the prompt), "share" (of the prompt) or "bytes" (whole cache).
         amount: tokens, a share in (0, 1], or bytes.
     """
 
@@ -39,7 +39,8 @@ def parse_budget(text: int | str) -> Budget:
         The budget.
 
     Raises:
-        ValueError: it is none of these forms, **or** not positive, **or** a share above 100 %, **or** a fraction of a token.
+        ValueError: it is none of these forms, **or** not positive, **or** a share above 100 %, **or** a fraction of
+            a token.
 
     Example:
         >>> parse_budget("12.5%")

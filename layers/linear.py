@@ -10,8 +10,8 @@ from torch import Tensor, nn
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Multiply by a weight matrix and add a bias if there is one.
 
-    A single row on a CPU is limited by reading the weight. BLAS reads it at about a third of memory speed there; the same
-    product written as a reduction, once Inductor has compiled it, at about four fifths, so compiled code takes that form.
+    A single row on a CPU is limited by reading the weight. BLAS reads it at about a third of memory speed there; the
+    same product written as a reduction and compiled by Inductor at about four fifths, so compiled code takes that form.
 
     Args:
         x: (..., in).

@@ -34,4 +34,5 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform (..., E) to (..., E)."""
-        return self.down(silu_mul(self.gate_up(x)))
+        y: Tensor = self.down(silu_mul(self.gate_up(x)))
+        return y

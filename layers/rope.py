@@ -107,8 +107,8 @@ def yarn_frequencies(
         Peng et al., YaRN, 2023, equations 17-23.
 
     Example:
-        >>> yarn_frequencies(4, 10_000.0, factor=1.0, trained=2048).tolist() == default_frequencies(4, 10_000.0).tolist()
-        True
+        >>> yarn_frequencies(4, 10_000.0, factor=1.0, trained=2048)
+        tensor([1.0000, 0.0100])
     """
 
     def dimension(turns: float) -> float:
@@ -269,4 +269,4 @@ def divided(frequencies_d: Tensor, factors: Sequence[float]) -> Tensor:
     """
     if len(factors) != len(frequencies_d):
         raise ValueError(f"RoPE has {len(frequencies_d)} frequencies, but {len(factors)} factors are given")
-    return frequencies_d / torch.tensor(factors, dtype=torch.float32)
+    return frequencies_d / torch.tensor(factors, dtype=torch.float32, device=frequencies_d.device)

@@ -20,8 +20,8 @@ def sample(
 ) -> Tensor:
     """Sample one token per row; every row has a random stream of its own.
 
-    The random numbers are a hash of (seed, position, token), so a row's choice does not depend on the batch around it and
-    a seed repeats a text. Filters apply in the order temperature, top-k, top-p, min-p. Nothing waits for the device.
+    The random numbers are a hash of (seed, position, token), so a row's choice does not depend on the batch around it
+    and a seed repeats a text. Filters apply in the order temperature, top-k, top-p, min-p. Nothing waits for the device.
 
     Args:
         logits_BV: scores of the next token.
@@ -85,8 +85,8 @@ def exponential(seed_B: Tensor, position_B: Tensor, count: int) -> Tensor:
         True
     """
     stream_B1 = _mix(_mix(seed_B.long()) + position_B.long())[:, None]
-    bits_BV = _mix(stream_B1 + torch.arange(count, device=seed_B.device)) >> 40 & 0xFFFFFF
-    return -torch.log((bits_BV.float() + 0.5) / 2**24)
+    bits_BV = _mix(stream_B1 + torch.arange(count, device=seed_B.device)) >> 41 & 0x7FFFFF
+    return -torch.log((bits_BV.float() + 0.5) / 2**23)
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from layers.block import Block
-from layers.budget import Budget, parse_budget
+from layers.budget import parse_budget
 from layers.cache.arena import ArenaCache
 from layers.cache.prompt import PromptPass
 from layers.methods import build_method, needs_importance
@@ -47,17 +47,17 @@ class Stats:
 class Engine:
     """Runs a model over a cache of fixed size.
 
-    The cache is planned and allocated here. `prefill` starts a conversation, `step` decodes one token per row, `extend` adds
-    a turn; `generate` and `stream` do all of it. A prompt batch of another size makes a new cache of as many rows.
+    The cache is planned and allocated here. `prefill` starts a conversation, `step` decodes one token per row, `extend`
+    adds a turn; `generate` and `stream` do all of it. A prompt batch of another size makes a new cache of as many rows.
 
     Args:
         loaded: what `load` returned.
         cache: a method's name, with options if wanted: "headkv", "headkv:beta=1.1,preset=published", "full".
-        budget: tokens per KV head kept of the prompt (128), a share of it ("12.5%") or bytes for everything ("64MiB"); None
-            takes the method's default. The full cache keeps every token and reads no budget.
+        budget: tokens per KV head kept of the prompt (128), a share of it ("12.5%") or bytes for everything ("64MiB");
+            None takes the method's default. The full cache keeps every token and reads no budget.
         max_new_tokens: tokens that `generate` and `stream` produce at most unless told otherwise.
-        decode_room: slots per KV head for generated tokens, on top of the budget; None takes `max_new_tokens`. Beyond it
-            the oldest generated tokens make place. The full cache has none of its own: all of it is room.
+        decode_room: slots per KV head for generated tokens, on top of the budget; None takes `max_new_tokens`. Beyond
+            it the oldest generated tokens make place. The full cache has none of its own: all of it is room.
         max_context: tokens of a conversation at most; None takes the model's trained context. A full cache is as large.
         batch: rows to allocate now.
         compile: compile blocks for decoding (torch.compile, one compilation for all layers).
@@ -117,6 +117,7 @@ class Engine:
         self._room = 0 if keeps_all else room
         weight = self.model.embed.weight
         self._device, self._dtype = weight.device, weight.dtype
+        self._compile = compile
         self._run_block = torch.compile(Block.forward, fullgraph=True) if compile else Block.forward
         self._run_head = torch.compile(Decoder.logits, fullgraph=True) if compile else Decoder.logits
         self._allocate(batch)
@@ -154,7 +155,7 @@ class Engine:
                 f"the {self.method.name} cache would take {planned.nbytes / 2**20:,.0f} MiB and "
                 f"{free / 2**20:,.0f} MiB are free: lower the budget, max_context or the batch"
             )
-        self.cache = ArenaCache(planned, self._device)
+        self.cache = ArenaCache(planned, self._device, compiled=self._compile)
 
     def _prompt_budget(self, tokens: int) -> int:
         """Mean tokens per KV head to keep of a prompt of so many tokens."""
@@ -192,7 +193,8 @@ class Engine:
             (B, V) logits of the token after each prompt.
 
         Raises:
-            ValueError: no prompt, **or** an empty one, **or** one longer than the context, **or** an id outside the vocabulary.
+            ValueError: no prompt, **or** an empty one, **or** one longer than the context, **or** an id outside the
+                vocabulary.
         """
         self._check(prompts, seen=[0] * len(prompts))
         if len(prompts) != self.cache.shape.batch:
@@ -231,7 +233,7 @@ class Engine:
             if before + len(ids) > self.max_context:
                 earlier = f" after {before} earlier ones" if before else ""
                 raise ValueError(
-                    f"the prompt of row {row} has {len(ids)} tokens{earlier}, the context is {self.max_context} tokens: "
+                    f"the prompt of row {row} has {len(ids)} tokens{earlier}, the context is {self.max_context}: "
                     "shorten it, or allow overflow with a larger max_context"
                 )
             if not all(0 <= token < self.loaded.config.vocab_size for token in ids):
@@ -286,7 +288,9 @@ class Engine:
         if not all(self.tokens_seen):
             raise ValueError("step needs a conversation: call prefill first")
         if len(token_B) != batch or len(active) != batch:
-            raise ValueError(f"step got {len(token_B)} tokens and {len(active)} flags, the conversation has {batch} rows")
+            raise ValueError(
+                f"step got {len(token_B)} tokens and {len(active)} flags, the conversation has {batch} rows"
+            )
         if any(self.is_full(row) for row in range(batch) if active[row]):
             raise ValueError(f"the context of {self.max_context} tokens is full: reset, or make the engine larger")
         token_BT = torch.as_tensor(token_B, device=self._device)[:, None]

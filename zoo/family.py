@@ -43,7 +43,9 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         if config.model_type not in family_names():
-            raise ValueError(f"no model family is called {config.model_type!r}: choose from {', '.join(family_names())}")
+            raise ValueError(
+                f"no model family is called {config.model_type!r}: choose from {', '.join(family_names())}"
+            )
         family = importlib.import_module(f"{models.__name__}.{config.model_type}")
         self.config = config
         self.embed = Embedding(config.vocab_size, config.hidden_size)

@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from checkpoints import CheckpointError
-from checkpoints.chat import Chat, load_chat
 from checkpoints.config import ModelConfig, config_hash, load_config
 from checkpoints.importance import read_importance
 from checkpoints.resolve import DEFAULT_MODEL, resolve
-from checkpoints.tokenizer import Tokenizer, load_tokenizer
-from checkpoints.weights import load_state
-from zoo.family import Decoder
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# torch takes seconds to import: whoever only wants `--help` does not wait for it.
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from checkpoints.chat import Chat
+    from checkpoints.tokenizer import Tokenizer
+    from zoo.family import Decoder
+
+DTYPES = ("float32", "bfloat16", "float16")
 _PACKAGED_IMPORTANCE = Path(__file__).with_name("importance")
 
 
@@ -59,6 +62,13 @@ def load(name: str = DEFAULT_MODEL, *, dtype: str = "float32", device: str = "cp
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not supported: choose from {', '.join(DTYPES)}")
+    import torch
+
+    from checkpoints.chat import load_chat
+    from checkpoints.tokenizer import load_tokenizer
+    from checkpoints.weights import load_state
+    from zoo.family import Decoder
+
     place = checked_device(device)
     path = resolve(name, progress=progress)
     config = load_config(path)
@@ -66,7 +76,7 @@ def load(name: str = DEFAULT_MODEL, *, dtype: str = "float32", device: str = "cp
     chat = load_chat(path, tokenizer, config.model_type)
     with torch.device("meta"):
         model = Decoder(config)
-    state = load_state(path, config, dtype=DTYPES[dtype], device=str(place), progress=progress)
+    state = load_state(path, config, dtype=getattr(torch, dtype), device=str(place), progress=progress)
     model.load_state_dict(state, assign=True)
     model = model.to(place).eval().requires_grad_(False)
     return Loaded(name=name, model=model, tokenizer=tokenizer, chat=chat, config=config)
@@ -78,6 +88,8 @@ def checked_device(device: str) -> torch.device:
     Raises:
         ValueError: torch knows no such device, **or** it is not there.
     """
+    import torch
+
     try:
         place = torch.device(device)
         torch.empty(1, device=place)
@@ -102,6 +114,8 @@ def head_importance(loaded: Loaded, path: str | Path | None = None) -> dict[str,
     Raises:
         CheckpointError: the file is not one, **or** belongs to another model, **or** none ships for this model.
     """
+    import torch
+
     if path is None:
         mine = config_hash(loaded.config)
         shipped = sorted(_PACKAGED_IMPORTANCE.glob("*.json"))

@@ -25,6 +25,7 @@ class ArenaCache:
     Args:
         shape: sizes and dtype.
         device: where it lives.
+        compiled: whether `attend` will be compiled; then its sizes are marked so that no other size recompiles.
 
     Attributes:
         k: (B, slots, D) keys after RoPE.
@@ -44,7 +45,7 @@ class ArenaCache:
         True
     """
 
-    def __init__(self, shape: ArenaShape, device: torch.device | str) -> None:
+    def __init__(self, shape: ArenaShape, device: torch.device | str, *, compiled: bool = False) -> None:
         B, L, H, D = shape.batch, shape.num_layers, shape.num_kv_heads, shape.head_dim
 
         def integers(*size: int) -> Tensor:
@@ -57,6 +58,10 @@ class ArenaCache:
         self.offset, self.capacity, self.kept = integers(B, L, H), integers(B, L, H), integers(B, L, H)
         self.ring_start, self.length, self._slot = integers(B, L, H), integers(B, L, H), integers(B, L, H)
         self.position, self.generated = integers(B), integers(B)
+        self._compiled = compiled
+        if compiled:
+            for tensor in (self.k, self.v, self.pos):
+                torch._dynamo.mark_dynamic(tensor, 1)
         self._active_B = torch.ones(B, dtype=torch.bool, device=device)
         self._slot_C = torch.arange(0, device=device)
         self.reset()
@@ -107,7 +112,8 @@ class ArenaCache:
         span = min(-(-self.max_length // _SPAN_STEP) * _SPAN_STEP, self.max_capacity)
         if len(self._slot_C) != span:
             self._slot_C = torch.arange(span, device=self.k.device)
-            torch._dynamo.mark_dynamic(self._slot_C, 0)
+            if self._compiled:
+                torch._dynamo.mark_dynamic(self._slot_C, 0)
 
     def end_step(self) -> None:
         """Count the token that every active row has stored."""

@@ -60,7 +60,9 @@ class PromptPass:
 
         window = min(method.scorer.window, len(new_T))
         self._observer_BW = self.new_B[:, None] - window + torch.arange(window, device=device)
-        self._observer_position_BW = (cache.position[:, None] + self._observer_BW).masked_fill(self._observer_BW < 0, -1)
+        self._observer_position_BW = (cache.position[:, None] + self._observer_BW).masked_fill(
+            self._observer_BW < 0, -1
+        )
 
     def attend(self, layer_1: Tensor, q_BTND: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, window: int | None) -> Tensor:
         """Attend, then keep the layer's share; see `layers.cache.base.KVCache`."""
@@ -99,7 +101,10 @@ class PromptPass:
         cache.max_length = self._max_keep
 
     def _with_past(self, layer_1: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Stored and new keys, values and positions in order of position, empty places last in the past."""
+        """Keys, values and positions, stored and new, in order of position.
+
+        Empty places of the past come first, so that the last stored token and the first new one are neighbours.
+        """
         k_BHTD, v_BHTD = k_BTHD.transpose(1, 2), v_BTHD.transpose(1, 2)
         pos_BHT = self._pos_BT[:, None].expand(-1, k_BHTD.shape[1], -1)
         if not len(self._past_C):
@@ -109,10 +114,8 @@ class PromptPass:
         filled_BHC = self._past_C < length_BH1
         index_BHC = torch.where(filled_BHC, offset_BH1 + self._past_C, offset_BH1)
         row_B11 = torch.arange(len(k_BHTD), device=k_BHTD.device)[:, None, None]
-        pos_BHC = self._past_pos[row_B11, index_BHC]
-        order_BHC = pos_BHC.masked_fill(~filled_BHC, torch.iinfo(torch.int32).max).argsort(dim=-1)
-        index_BHC, filled_BHC = index_BHC.gather(-1, order_BHC), filled_BHC.gather(-1, order_BHC)
-        pos_BHC = pos_BHC.gather(-1, order_BHC).masked_fill(~filled_BHC, -1)
+        pos_BHC, order_BHC = self._past_pos[row_B11, index_BHC].masked_fill(~filled_BHC, -1).sort(dim=-1)
+        index_BHC = index_BHC.gather(-1, order_BHC)
         return (
             torch.cat((self._past_k[row_B11, index_BHC], k_BHTD), dim=2),
             torch.cat((self._past_v[row_B11, index_BHC], v_BHTD), dim=2),

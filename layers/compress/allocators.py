@@ -53,7 +53,7 @@ class HeadImportance:
         importance_LN: score of each query head, >= 0; a KV head has its group's mean; all zero means uniform.
         beta: >= 1.
         protected: tokens of every head that are kept whatever their score (sinks and recent ones).
-        compat: the published code's arithmetic instead: pool of b // beta, no redistribution, totals only up to rounding.
+        compat: the published code's arithmetic: pool of b // beta, no redistribution, totals only up to rounding.
 
     Raises:
         ValueError: beta is below 1.

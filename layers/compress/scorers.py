@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -25,7 +24,13 @@ class Scorer(Protocol):
         ...
 
     def __call__(
-        self, q_BWND: Tensor, k_BHSD: Tensor, pos_BHS: Tensor, position_BW: Tensor, protected_BHS: Tensor, sliding: int | None
+        self,
+        q_BWND: Tensor,
+        k_BHSD: Tensor,
+        pos_BHS: Tensor,
+        position_BW: Tensor,
+        protected_BHS: Tensor,
+        sliding: int | None,
     ) -> Tensor:
         """Score.
 
@@ -75,7 +80,13 @@ class WindowAttention:
     behind: int = 3
 
     def __call__(
-        self, q_BWND: Tensor, k_BHSD: Tensor, pos_BHS: Tensor, position_BW: Tensor, protected_BHS: Tensor, sliding: int | None
+        self,
+        q_BWND: Tensor,
+        k_BHSD: Tensor,
+        pos_BHS: Tensor,
+        position_BW: Tensor,
+        protected_BHS: Tensor,
+        sliding: int | None,
     ) -> Tensor:
         """Score by attention."""
         weight_BNS = window_scores(q_BWND, k_BHSD, pos_BHS, position_BW, rows=self.rows, window=sliding)
@@ -101,7 +112,13 @@ class Position:
     window: int = 0
 
     def __call__(
-        self, q_BWND: Tensor, k_BHSD: Tensor, pos_BHS: Tensor, position_BW: Tensor, protected_BHS: Tensor, sliding: int | None
+        self,
+        q_BWND: Tensor,
+        k_BHSD: Tensor,
+        pos_BHS: Tensor,
+        position_BW: Tensor,
+        protected_BHS: Tensor,
+        sliding: int | None,
     ) -> Tensor:
         """Score by position."""
         return pos_BHS.float()

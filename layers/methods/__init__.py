@@ -37,8 +37,8 @@ def build_method(spec: str, importance: Mapping[str, Tensor] | None = None) -> M
         The method.
 
     Raises:
-        ValueError: no such method, **or** no such option, **or** an option's value cannot be read, **or** the method needs
-            importance scores that are not given.
+        ValueError: no such method, **or** no such option, **or** an option's value cannot be read, **or** the method
+            needs importance scores that are not given.
 
     Example:
         >>> build_method("snapkv:window=16").scorer.window

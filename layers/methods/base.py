@@ -37,7 +37,9 @@ class Method:
 
     def __post_init__(self) -> None:
         if self.sinks < 0 or self.recent < 1:
-            raise ValueError(f"{self.name}: sinks must be at least 0 and recent at least 1, not {self.sinks}, {self.recent}")
+            raise ValueError(
+                f"{self.name}: sinks must be at least 0 and recent at least 1, not {self.sinks}, {self.recent}"
+            )
 
     @property
     def protected(self) -> int:

@@ -37,8 +37,8 @@ def build(
         ValueError: no importance of that kind is given.
 
     Source:
-        Fu et al., Not All Heads Matter: A Head-Level KV Cache Compression Method with Integrated Retrieval and Reasoning,
-        ICLR 2025.
+        Fu et al., Not All Heads Matter: A Head-Level KV Cache Compression Method with Integrated Retrieval and
+        Reasoning, ICLR 2025.
 
     Example:
         >>> import torch

@@ -12,9 +12,9 @@ PRESETS = {"published": published(window=32), "tuned": TUNED}
 def build(*, scoring: Scoring = PRESETS["published"]) -> Method:
     """Keep the C best-scored tokens of every KV head.
 
-    Scores are a_j = mean over the window's rows i of softmax(q_i k_j / sqrt(D)), averaged over the query heads of a group,
-    then s = maxpool_7(a). The published code scores and stores per query head; here a group shares one set, which stores
-    G times less.
+    Scores are a_j = mean over the window's rows i of softmax(q_i k_j / sqrt(D)), averaged over the query heads of a
+    group, then s = maxpool_7(a). The published code scores and stores per query head; here a group shares one set,
+    which stores G times less.
 
     Args:
         scoring: window, pooling and protection.

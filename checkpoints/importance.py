@@ -1,0 +1,199 @@
+"""How much each query head matters for retrieval: scores that a calibration wrote, and only for the model it saw."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from checkpoints.config import ModelConfig, config_hash
+from checkpoints.errors import CheckpointError
+from checkpoints.storage import atomic_file
+
+METHODS = ("r", "r2")
+_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadImportance:
+    """The scores of one method.
+
+    Args:
+        model_id: the model they were found on, as the user calls it.
+        config_hash: `config_hash` of its configuration; "" in a published file, which does not say.
+        tokenizer_hash: fingerprint of its tokenizer; "" likewise.
+        method: "r" (retrieval) or "r2" (retrieval and reasoning).
+        trials: prompts behind the scores, >= 1.
+        scores_LN: per layer, per query head: finite, >= 0, higher matters more.
+        provenance: free notes, e.g. command, date, prompts.
+
+    Source:
+        HeadKV, arXiv 2410.19258, section 3.1.
+    """
+
+    model_id: str
+    config_hash: str
+    tokenizer_hash: str
+    method: str
+    trials: int
+    scores_LN: tuple[tuple[float, ...], ...]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_importance(
+    path: Path, *, config: ModelConfig, tokenizer_hash: str | None = None, method: str = "r2"
+) -> HeadImportance:
+    """Read one method's scores, ours or in the published form {"layer-head": [one float per trial]}.
+
+    Args:
+        path: a json file.
+        config: of the model that will use the scores.
+        tokenizer_hash: of the same model; None leaves it unchecked.
+        method: "r" or "r2"; a published file does not name its method and is taken to be this one.
+
+    Returns:
+        The scores.
+
+    Raises:
+        CheckpointError: no such file; not valid json; made for another model; the method is not in it; not (L, N)
+            numbers that are finite and >= 0.
+
+    Example:
+        >>> import tempfile
+        >>> from checkpoints.config import RopeConfig
+        >>> config = ModelConfig(
+        ...     model_type="llama", vocab_size=9, hidden_size=8, intermediate_size=16, num_layers=1, num_heads=2,
+        ...     num_kv_heads=1, head_dim=4, max_position=64, rms_norm_eps=1e-5, rope=RopeConfig(), tie_embeddings=True,
+        ...     layer_windows=(None,))
+        >>> path = Path(tempfile.mkdtemp()) / "published.json"
+        >>> _ = path.write_text('{"0-1": [1.0, 3.0], "0-0": [0.0, 0.5]}')
+        >>> read_importance(path, config=config).scores_LN
+        ((0.25, 2.0),)
+    """
+    try:
+        data = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"cannot read the head importance file {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid json ({error}): make it again with calibrate_heads") from error
+    if not isinstance(data, dict) or not data:
+        raise CheckpointError(f"{path} is not a head importance file: it must hold a json object with scores")
+    if "methods" not in data:
+        return _published(path, data, config, method)
+
+    if data.get("version") != _VERSION:
+        raise CheckpointError(f"{path} has version {data.get('version')!r}: supported is {_VERSION}; calibrate again")
+    model_id = data.get("model_id")
+    for what, stated, ours in (
+        ("configuration", data.get("config_hash"), config_hash(config)),
+        ("tokenizer", data.get("tokenizer_hash"), tokenizer_hash),
+    ):
+        if ours is not None and stated != ours:
+            raise CheckpointError(
+                f"{path} is of another model: it was made for {model_id!r} with {what} {str(stated)[:12]}, and this "
+                f"{config.model_type} model has {ours[:12]}; calibrate this model's own"
+            )
+    methods = data["methods"]
+    if not isinstance(methods, dict) or not isinstance(methods.get(method), dict):
+        held = ", ".join(methods) if isinstance(methods, dict) and methods else "none"
+        raise CheckpointError(f"{path} has no scores of method {method!r}; it has {held}")
+    trials = methods[method].get("trials")
+    if type(trials) is not int or trials < 1:
+        raise CheckpointError(f"{path}: trials must be a positive integer, not {trials!r}")
+    provenance = data.get("provenance", {})
+    return HeadImportance(
+        model_id=str(model_id),
+        config_hash=data["config_hash"],
+        tokenizer_hash=str(data.get("tokenizer_hash")),
+        method=method,
+        trials=trials,
+        scores_LN=_scores(path, methods[method].get("scores"), config),
+        provenance=provenance if isinstance(provenance, dict) else {},
+    )
+
+
+def write_importance(path: Path, scores: Sequence[HeadImportance]) -> None:
+    """Write one file with the scores of one or more methods of one model; a crash leaves the old file or the new.
+
+    Args:
+        path: the json file.
+        scores: of the same model, each method once; the provenance of the first is written.
+
+    Raises:
+        ValueError: nothing to write, two models, or one method twice.
+        OSError: the file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "scores.json"
+        >>> write_importance(path, [HeadImportance(
+        ...     model_id="m", config_hash="c", tokenizer_hash="t", method="r2", trials=1, scores_LN=((0.5, 1.0),))])
+        >>> json.loads(path.read_text())["methods"]["r2"]["scores"]
+        [[0.5, 1.0]]
+    """
+    models = {(item.model_id, item.config_hash, item.tokenizer_hash) for item in scores}
+    if len(models) != 1 or len({item.method for item in scores}) != len(scores):
+        raise ValueError("scores must be of one model, each method once")
+    data = {
+        "version": _VERSION,
+        "model_id": scores[0].model_id,
+        "config_hash": scores[0].config_hash,
+        "tokenizer_hash": scores[0].tokenizer_hash,
+        "methods": {item.method: {"trials": item.trials, "scores": item.scores_LN} for item in scores},
+        "provenance": scores[0].provenance,
+    }
+    with atomic_file(path) as partial:
+        partial.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+
+def _published(path: Path, data: Mapping[str, Any], config: ModelConfig, method: str) -> HeadImportance:
+    rows: dict[tuple[int, int], list[Any]] = {}
+    for key, values in data.items():
+        layer, dash, head = key.partition("-")
+        if not (dash and layer.isdecimal() and head.isdecimal() and isinstance(values, list) and values):
+            raise CheckpointError(
+                f'{path} is not a head importance file: {key!r} is neither "methods" nor "layer-head": [scores]'
+            )
+        rows[int(layer), int(head)] = values
+    wanted = {(layer, head) for layer in range(config.num_layers) for head in range(config.num_heads)}
+    trials = {len(values) for values in rows.values()}
+    if rows.keys() != wanted or len(rows) != len(data):
+        layers, heads = (1 + max(place[at] for place in rows) for at in (0, 1))
+        raise CheckpointError(
+            f"{path} is of another model: it holds {len(data)} heads in {layers} layers x {heads}, and this model has "
+            f"{config.num_layers} x {config.num_heads}"
+        )
+    if len(trials) != 1:
+        raise CheckpointError(f"{path} is damaged: its heads have between {min(trials)} and {max(trials)} trials")
+    table = [[rows[layer, head] for head in range(config.num_heads)] for layer in range(config.num_layers)]
+    checked = [[_numbers(path, values) for values in row] for row in table]
+    return HeadImportance(
+        model_id=path.stem,
+        config_hash="",
+        tokenizer_hash="",
+        method=method,
+        trials=trials.pop(),
+        scores_LN=tuple(tuple(math.fsum(values) / len(values) for values in row) for row in checked),
+        provenance={"form": "published"},
+    )
+
+
+def _scores(path: Path, table: Any, config: ModelConfig) -> tuple[tuple[float, ...], ...]:
+    rows = table if isinstance(table, list) else []
+    if len(rows) != config.num_layers or any(not isinstance(row, list) or len(row) != config.num_heads for row in rows):
+        raise CheckpointError(
+            f"{path} is of another model: its scores are not a table of {config.num_layers} layers x "
+            f"{config.num_heads} heads"
+        )
+    return tuple(_numbers(path, row) for row in rows)
+
+
+def _numbers(path: Path, values: list[Any]) -> tuple[float, ...]:
+    for value in values:
+        if type(value) not in (int, float) or not 0 <= value <= sys.float_info.max:
+            raise CheckpointError(f"{path} is damaged: a score must be a finite number >= 0, not {value!r}")
+    return tuple(float(value) for value in values)

@@ -1,0 +1,240 @@
+"""The parts of compression against naive loops written from the papers' formulas."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels.ragged_compact import ragged_compact
+from kernels.window_scores import window_scores
+from layers.budget import parse_budget
+from layers.compress.allocators import HeadImportance, Uniform
+from layers.compress.scorers import WindowAttention
+from layers.methods import build_method, method_names, needs_importance
+from layers.plan import ArenaShape, offsets
+
+
+def naive_window_attention(q_WND, k_HSD, positions_S, position_W, sliding=None):
+    """softmax(q k / sqrt(D)) row by row with a causal mask, as lists."""
+    W, N, D = q_WND.shape
+    H, S = k_HSD.shape[:2]
+    out = torch.zeros(W, N, S, dtype=torch.float64)
+    for w in range(W):
+        for n in range(N):
+            visible = [
+                s
+                for s in range(S)
+                if 0 <= positions_S[s] <= position_W[w] and (sliding is None or positions_S[s] > position_W[w] - sliding)
+            ]
+            logits = [float(q_WND[w, n].double() @ k_HSD[n // (N // H), s].double()) / math.sqrt(D) for s in visible]
+            total = sum(math.exp(x - max(logits)) for x in logits)
+            for s, x in zip(visible, logits, strict=True):
+                out[w, n, s] = math.exp(x - max(logits)) / total
+    return out
+
+
+@pytest.mark.parametrize("rows", ["mean", "max"])
+@pytest.mark.parametrize("group", ["mean", "max"])
+@pytest.mark.parametrize("heads", [(2, 2), (8, 2)])
+@pytest.mark.parametrize("sliding", [None, 6])
+def test_window_attention_is_the_formula(rows, group, heads, sliding):
+    torch.manual_seed(0)
+    (N, H), D, W = heads, 8, 4
+    lengths, S, ahead, behind = [17, 9, 3], 17, 2, 1
+    q, k = torch.randn(3, W, N, D), torch.randn(3, H, S, D)
+    pos = torch.arange(S).expand(3, S).clone()
+    pos[pos >= torch.tensor(lengths)[:, None]] = -1
+    position = torch.tensor(lengths)[:, None] - W + torch.arange(W)
+    protected = ((pos < 1) | (pos >= torch.tensor(lengths)[:, None] - 2))[:, None].expand(3, H, S)
+    scorer = WindowAttention(window=W, rows=rows, group=group, ahead=ahead, behind=behind)
+    got = scorer(q, k, pos[:, None].expand(3, H, S), position, protected, sliding)
+    for row, length in enumerate(lengths):
+        first = max(0, W - length)
+        weights = naive_window_attention(q[row, first:], k[row], pos[row].tolist(), position[row, first:].tolist(), sliding)
+        per_query = weights.mean(0) if rows == "mean" else weights.amax(0)
+        for h in range(H):
+            members = per_query[h * (N // H) : (h + 1) * (N // H)]
+            score = (members.mean(0) if group == "mean" else members.amax(0)).tolist()
+            score = [0.0 if protected[row, h, s] else x for s, x in enumerate(score)]
+            for s in range(length):
+                want = max(score[max(0, s - ahead) : s + behind + 1])
+                assert got[row, h, s] == pytest.approx(want, abs=1e-6)
+
+
+def test_window_scores_ignore_what_empty_places_hold():
+    q, k = torch.randn(1, 2, 2, 4), torch.randn(1, 1, 5, 4)
+    pos, position = torch.tensor([[[0, 1, 2, 3, -1]]]), torch.tensor([[2, 3]])
+    clean = window_scores(q, k, pos, position, rows="mean")
+    k[:, :, 4] = float("nan")
+    assert torch.equal(window_scores(q, k, pos, position, rows="mean"), clean)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 4), st.integers(1, 20), st.integers(0, 2**31))
+def test_compaction_keeps_the_best(S, H, keep, seed):
+    g = torch.Generator().manual_seed(seed)
+    score = torch.randint(0, 5, (1, H, S), generator=g).float()
+    pos = torch.arange(S, dtype=torch.int32).expand(1, H, S).clone()
+    holes = torch.rand(1, H, S, generator=g) < 0.3
+    holes[..., int(torch.randint(0, S, (), generator=g))] = False
+    pos[holes] = -1
+    keep_BH = torch.randint(1, keep + 1, (1, H), generator=g)
+    k = torch.randn(1, H, S, 2, generator=g)
+    k[holes] = float("nan")
+    offset = offsets(keep_BH[:, None])[:, 0]
+    arena = torch.full((1, int(keep_BH.sum()), 2), 7.0)
+    v_arena, places = arena.clone(), torch.full(arena.shape[:2], -1, dtype=torch.int32)
+    kept = ragged_compact(arena, v_arena, places, offset, keep_BH, keep, k, 2 * k, pos, score)
+    for h in range(H):
+        candidates = sorted((s for s in range(S) if not holes[0, h, s]), key=lambda s: (-float(score[0, h, s]), s))
+        want = sorted(candidates[: int(keep_BH[0, h])])
+        start = int(offset[0, h])
+        assert int(kept[0, h]) == len(want)
+        assert places[0, start : start + len(want)].tolist() == want
+        assert torch.equal(arena[0, start : start + len(want)], k[0, h, want])
+        assert torch.equal(v_arena[0, start : start + len(want)], 2 * k[0, h, want])
+        assert (places[0, start + len(want) : start + int(keep_BH[0, h])] == -1).all()
+
+
+shares = st.builds(
+    lambda L, H, G, seed, zeros: torch.where(
+        torch.rand(L, H * G, generator=torch.Generator().manual_seed(seed)) < zeros,
+        0.0,
+        torch.rand(L, H * G, generator=torch.Generator().manual_seed(seed + 1)) ** 4,
+    ),
+    st.integers(1, 6),
+    st.just(2),
+    st.sampled_from([1, 4]),
+    st.integers(0, 2**31),
+    st.sampled_from([0.0, 0.5, 1.0]),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(shares, st.sampled_from([1.0, 1.001, 1.1, 1.5, 3, 100]), st.integers(0, 8), st.integers(0, 300), st.integers(1, 600))
+def test_head_budgets_are_exact(importance, beta, protected, free, prompt):
+    L, H = importance.shape[0], 2
+    budget = protected + free
+    if budget < 1:
+        return
+    cap = HeadImportance(importance_LN=importance, beta=beta, protected=protected)(
+        budget=budget, prompt=prompt, num_layers=L, num_kv_heads=H
+    )
+    assert int(cap.sum()) == min(budget, prompt) * L * H
+    assert int(cap.max()) <= prompt
+    if prompt > budget:
+        assert int(cap.min()) >= protected + math.floor(free * (1 - 1 / beta))
+
+
+def test_head_budgets_follow_equation_4():
+    torch.manual_seed(3)
+    L, N, H, budget, protected, beta = 4, 8, 2, 64, 8, 1.3
+    importance = torch.rand(L, N)
+    cap = HeadImportance(importance_LN=importance, beta=beta, protected=protected)(
+        budget=budget, prompt=100_000, num_layers=L, num_kv_heads=H
+    )
+    total = sum(float(importance[i, n]) for i in range(L) for n in range(N)) / (N // H)
+    for layer in range(L):
+        for h in range(H):
+            score = sum(float(importance[layer, n]) for n in range(h * 4, h * 4 + 4)) / 4 / total
+            b = budget - protected
+            want = (b - b / beta) + score * (b / beta) * L * H + protected
+            assert abs(int(cap[layer, h]) - want) < 1
+
+
+def test_head_budgets_extremes_and_equivariance():
+    importance = torch.rand(3, 4, generator=torch.Generator().manual_seed(1))
+
+    def capacities(scores, beta, prompt=10_000):
+        share = HeadImportance(importance_LN=scores, beta=beta, protected=4)
+        return share(budget=104, prompt=prompt, num_layers=3, num_kv_heads=4)
+
+    assert (capacities(importance, 1e9) - 104).abs().max() <= 1
+    assert torch.equal(capacities(importance.flip(0), 1.2), capacities(importance, 1.2).flip(0))
+    more = importance.clone()
+    more[1, 2] += 0.5
+    assert capacities(more, 1.2)[1, 2] > capacities(importance, 1.2)[1, 2]
+
+
+@pytest.mark.parametrize("beta", [1.005, 1.01, 1.1, 1.2, 1.5, 2, 5, 10])
+@pytest.mark.parametrize("budget", [64, 128, 1024])
+def test_compat_is_the_published_arithmetic(beta, budget):
+    importance = torch.rand(5, 6, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    cap = HeadImportance(importance_LN=importance.float(), beta=beta, protected=8, compat=True)(
+        budget=budget, prompt=4000, num_layers=5, num_kv_heads=6
+    )
+    scores = importance.float().double().flatten().tolist()
+    b = budget - 8
+    q = b // beta
+    pool, floor = q * 30, b - q
+    for i, score in enumerate(scores):
+        want = int(round(score / math.fsum(scores) * pool + floor))
+        assert int(cap.flatten()[i]) == min(want, 4000 - 8) + 8
+
+
+@pytest.mark.parametrize(("budget", "prompt"), [(8, 100), (100, 8), (1, 1)])
+def test_uniform(budget, prompt):
+    assert Uniform()(budget=budget, prompt=prompt, num_layers=2, num_kv_heads=3).unique().tolist() == [min(budget, prompt)]
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "amount"),
+    [(128, "tokens", 128), ("64", "tokens", 64), ("12.5%", "share", 0.125), ("100 %", "share", 1), ("64MiB", "bytes", 2**26)],
+)
+def test_budgets_are_read(text, kind, amount):
+    budget = parse_budget(text)
+    assert (budget.kind, budget.amount) == (kind, amount)
+    assert parse_budget(str(budget)) == budget
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=12) | st.integers(max_value=0) | st.sampled_from(["0", "-1", "1.5", "101%", "0%", "1e3", "١٢", "nan", "5TB"]))
+def test_no_other_budget_is_read(text):
+    try:
+        budget = parse_budget(text)
+    except ValueError as error:
+        assert "\n" not in str(error) and "budget" in str(error)
+    else:
+        assert budget.amount > 0
+
+
+def test_plan_bytes_are_invertible():
+    shape = ArenaShape(batch=3, num_layers=4, num_kv_heads=2, head_dim=8, slots=77, dtype=torch.bfloat16)
+    assert shape.slots_within(shape.nbytes) == 77
+    assert shape.slots_within(shape.nbytes - 1) == 76
+
+
+IMPORTANCE = {"r": torch.rand(2, 4), "r2": torch.rand(2, 4)}
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_methods_build_and_describe_themselves(name):
+    method = build_method(name, IMPORTANCE)
+    assert method.name == name and method.summary and method.paper
+    if needs_importance(name):
+        with pytest.raises(ValueError, match="needs head importance"):
+            build_method(name)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("snapkw", "choose from full, headkv, snapkv, streaming"),
+        ("snapkv:pool=3", "no option"),
+        ("snapkv:window=x", "takes int"),
+        ("snapkv:window=0", "window must be at least 1"),
+        ("snapkv:rows=sum", "must be"),
+        ("snapkv:preset=best", "no preset"),
+        ("headkv:beta=0.5", "at least 1"),
+        ("headkv:scores=r3", "kind 'r3'"),
+        ("headkv:compat=maybe", "takes bool"),
+        ("full:x=1", "it takes none"),
+        ("streaming:sinks=-1", "sinks"),
+        ("base", "no cache method"),
+    ],
+)
+def test_wrong_methods_are_explained(spec, message):
+    with pytest.raises(ValueError, match=message):
+        build_method(spec, IMPORTANCE)

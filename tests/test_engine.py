@@ -1,0 +1,373 @@
+"""The invariants of engine and cache, on a small random model and every method."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from checkpoints.config import ModelConfig, RopeConfig
+from layers.cache.arena import ArenaCache
+from layers.cache.prompt import PromptPass
+from layers.methods import build_method, method_names
+from layers.plan import ArenaShape
+from zoo import engine as engine_module
+from zoo.engine import Engine
+from zoo.family import Decoder
+from zoo.load import Loaded
+
+V = 97
+
+
+def make_loaded(*, windows=(None, None, None), heads=(4, 2), model_type="mistral", max_position=512):
+    config = ModelConfig(
+        model_type=model_type,
+        vocab_size=V,
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=len(windows),
+        num_heads=heads[0],
+        num_kv_heads=heads[1],
+        head_dim=8,
+        max_position=max_position,
+        rms_norm_eps=1e-5,
+        rope=RopeConfig(),
+        tie_embeddings=False,
+        layer_windows=windows,
+    )
+    torch.manual_seed(0)
+    model = Decoder(config).eval().requires_grad_(False)
+    for name, weight in model.named_parameters():
+        torch.nn.init.ones_(weight) if "norm" in name else torch.nn.init.normal_(weight, std=0.3)
+    return Loaded(name="tiny", model=model, tokenizer=None, chat=SimpleNamespace(stop_ids=frozenset()), config=config)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return make_loaded()
+
+
+@pytest.fixture(autouse=True)
+def importance(monkeypatch):
+    scores = torch.rand(3, 4, generator=torch.Generator().manual_seed(5)) ** 3
+    monkeypatch.setattr(engine_module, "head_importance", lambda loaded, path: {"r": scores, "r2": scores.flip(0)})
+
+
+def tokens(*lengths, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, V, (n,), generator=g).tolist() for n in lengths]
+
+
+def dense(loaded, ids):
+    return loaded.model(torch.tensor([ids]))[0, -1]
+
+
+def close(got, want):
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-4)
+
+
+def variants(name):
+    return [name] if name in ("full", "streaming") else [name, f"{name}:preset=tuned", f"{name}:preset=published"]
+
+
+SPECS = [spec for name in method_names() for spec in variants(name)] + ["headkv:scores=r,beta=1.01", "headkv:compat=true"]
+SMALL = "window=4,recent=4"
+
+
+def small(spec):
+    """The same method with a window that small budgets can hold."""
+    if spec.startswith(("full", "streaming")):
+        return spec
+    return spec + ("," if ":" in spec else ":") + SMALL
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("windows", [(None, None, None), (None, 24, 24)], ids=["full", "sliding"])
+def test_a_budget_that_holds_everything_changes_nothing(spec, windows):
+    loaded = make_loaded(windows=windows)
+    engine = Engine(loaded, cache=spec, budget=120, max_new_tokens=30, max_context=400)
+    prompts = tokens(60, 1, 33)
+    texts = [list(ids) for ids in prompts]
+    logits = engine.prefill(prompts)
+    for turn in range(2):
+        for row, text in enumerate(texts):
+            close(logits[row], dense(loaded, text))
+        for _ in range(4):
+            new = logits.argmax(-1)
+            texts = [text + [int(token)] for text, token in zip(texts, new, strict=True)]
+            logits = engine.step(new)
+        for row, text in enumerate(texts):
+            close(logits[row], dense(loaded, text))
+        more = tokens(7, 20, 1, seed=turn + 1)
+        texts = [text + extra for text, extra in zip(texts, more, strict=True)]
+        logits = engine.extend(more)
+    assert engine.stats().tokens_seen == [len(text) for text in texts]
+    assert engine.stats().kept.amin((1, 2)).tolist() == engine.stats().tokens_seen
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_ragged_batch_equals_each_row_alone(loaded, spec):
+    options = {"cache": small(spec), "budget": 24, "max_new_tokens": 6, "max_context": 300}
+    prompts, more = tokens(150, 9, 61), tokens(5, 40, 17, seed=1)
+    together = Engine(loaded, **options)
+    outputs = [together.prefill(prompts)]
+    for _ in range(9):
+        outputs.append(together.step(outputs[-1].argmax(-1)))
+    outputs.append(together.extend(more))
+    outputs.append(together.step(outputs[-1].argmax(-1)))
+    alone = Engine(loaded, **options)
+    for row in range(3):
+        mine = [alone.prefill([prompts[row]])]
+        mine += [alone.step(together_out[row : row + 1].argmax(-1)) for together_out in outputs[:9]]
+        mine.append(alone.extend([more[row]]))
+        mine.append(alone.step(outputs[10][row : row + 1].argmax(-1)))
+        for got, want in zip(outputs, mine, strict=True):
+            close(got[row], want[0])
+        assert torch.equal(together.stats().kept[row], alone.stats().kept[0])
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_budgets_are_promises(loaded, spec):
+    engine = Engine(loaded, cache=small(spec), budget=24, max_new_tokens=6, max_context=300)
+    before = engine.stats().nbytes
+    for prompts in (tokens(200), tokens(10), tokens(25)):
+        engine.prefill(prompts)
+        planned = 24 if engine.budget else 300
+        total = min(planned, len(prompts[0])) * 6
+        if "compat" in spec:
+            assert int(engine.cache.kept.sum()) <= total + 3
+        else:
+            assert int(engine.cache.kept.sum()) == total
+        for _ in range(20):
+            engine.step([1])
+            room = min(int(engine.cache.generated[0]), 6) if engine.budget else int(engine.cache.generated[0])
+            assert torch.equal(engine.stats().kept, engine.cache.kept + room)
+    assert engine.stats().nbytes == before == engine.cache.shape.nbytes
+    owned = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in storage_tensors(engine.cache)}
+    assert sum(owned.values()) == before
+
+
+def storage_tensors(cache):
+    return [t for name, t in vars(cache).items() if isinstance(t, torch.Tensor) and name not in ("_active_B", "_slot_C")]
+
+
+@pytest.mark.parametrize("cache", method_names())
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("budget", [40, "25%", "60KB", 10_000])
+def test_bytes_are_the_plan(loaded, cache, batch, budget):
+    engine = Engine(loaded, cache=small(cache), budget=budget, max_new_tokens=5, max_context=256, batch=batch)
+    stats = engine.stats()
+    assert stats.nbytes == engine.cache.shape.nbytes == sum(t.nbytes for t in storage_tensors(engine.cache))
+    if budget == "60KB" and cache != "full":
+        slot = engine.cache.shape.slot_bytes * 6 * batch
+        assert 60_000 - slot < stats.nbytes <= 60_000
+    engine.prefill(tokens(*[100] * batch))
+    assert engine.stats().nbytes == stats.nbytes
+    if budget == "25%" and cache != "full":
+        assert int(engine.cache.kept.sum()) == 25 * 6 * batch
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_nothing_depends_on_unused_slots_or_slot_order(loaded, spec):
+    engine = Engine(loaded, cache=small(spec), budget=24, max_new_tokens=6, max_context=300)
+    prompts = tokens(80, 12)
+
+    def run(disturb):
+        out = [engine.prefill(prompts)]
+        with torch.inference_mode():
+            disturb(engine.cache)
+        for _ in range(8):
+            out.append(engine.step(out[-1].argmax(-1)))
+        out.append(engine.extend(tokens(9, 3, seed=4)))
+        return torch.stack(out)
+
+    def poison(cache):
+        used = torch.zeros_like(cache.pos, dtype=torch.bool)
+        for row, layer, head in torch.cartesian_prod(*map(torch.arange, cache.kept.shape)).tolist():
+            start = int(cache.offset[row, layer, head])
+            used[row, start : start + int(cache.kept[row, layer, head])] = True
+        assert torch.equal(used, cache.pos >= 0)
+        cache.k[~used] = float("nan")
+        cache.v[~used] = float("nan")
+
+    def shuffle(cache):
+        if engine.method.ring_over_prompt:
+            return
+        for row, layer, head in torch.cartesian_prod(*map(torch.arange, cache.kept.shape)).tolist():
+            start, kept = int(cache.offset[row, layer, head]), int(cache.kept[row, layer, head])
+            here = slice(start, start + kept)
+            order = torch.randperm(kept)
+            for tensor in (cache.k, cache.v, cache.pos):
+                tensor[row, here] = tensor[row, here][order]
+
+    plain = run(lambda cache: None)
+    assert plain.isfinite().all()
+    close(run(poison), plain)
+    close(run(shuffle), plain)
+
+
+@pytest.mark.parametrize("spec", [s for s in SPECS if s != "full"])
+@pytest.mark.parametrize("heads", [(2, 2), (8, 2)], ids=["G1", "G4"])
+def test_decoding_equals_dense_attention_masked_to_the_kept_sets(spec, heads):
+    """50 steps against a loop that recomputes everything densely and hides what the cache dropped."""
+    torch.manual_seed(1)
+    (N, H), D, room, sliding = heads, 8, 7, 30
+    method = build_method(small(spec), {kind: torch.rand(1, N) for kind in ("r", "r2")})
+    lengths, T = [70, 25, 9], 70
+    keep = torch.stack([method.allocator(budget=16, prompt=n, num_layers=1, num_kv_heads=H) for n in lengths])
+    slots = int((keep + room).sum((1, 2)).max())
+    cache = ArenaCache(ArenaShape(batch=3, num_layers=1, num_kv_heads=H, head_dim=D, slots=slots, dtype=torch.float32), "cpu")
+    layer = torch.tensor([0])
+    q, k, v = torch.randn(3, T + 50, N, D), torch.randn(3, T + 50, H, D), torch.randn(3, T + 50, H, D)
+    prompt = PromptPass(cache, method, keep_BLH=keep, room=[room] * 3, new_tokens=lengths)
+    prompt.attend(layer, q[:, :T], k[:, :T], v[:, :T], sliding)
+    prompt.finish()
+
+    stored = [[[] for _ in range(H)] for _ in range(3)]
+    keys = [{} for _ in range(3)]
+    for b, n in enumerate(lengths):
+        keys[b] = {p: (k[b, p], v[b, p]) for p in range(n)}
+        for h in range(H):
+            start, kept = int(cache.offset[b, 0, h]), int(cache.kept[b, 0, h])
+            stored[b][h] = cache.pos[b, start : start + kept].tolist()
+            assert stored[b][h] == sorted(set(stored[b][h])) and kept == min(int(keep[b, 0, h]), n)
+            assert set(range(min(method.sinks, n))) <= set(stored[b][h])
+            assert set(range(max(0, n - method.recent), n)) <= set(stored[b][h])
+    prompt_sets = [[set(head) for head in row] for row in stored]
+    for step in range(50):
+        cache.begin_step(torch.ones(3, dtype=torch.bool))
+        out = cache.attend(layer, q[:, T + step, None], k[:, T + step, None], v[:, T + step, None], sliding)
+        cache.end_step()
+        for b, n in enumerate(lengths):
+            now = n + step
+            keys[b][now] = (k[b, T + step], v[b, T + step])
+            for h in range(H):
+                held = stored[b][h]
+                if len(held) == int(cache.capacity[b, 0, h]):
+                    may_go = [p for p in held if p >= method.sinks and (method.ring_over_prompt or p not in prompt_sets[b][h])]
+                    held.remove(min(may_go))
+                held.append(now)
+                visible = [p for p in held if p > now - sliding]
+                for g in range(N // H):
+                    head = h * (N // H) + g
+                    logits = torch.stack([q[b, T + step, head] @ keys[b][p][0][h] for p in visible]) / D**0.5
+                    values = torch.stack([keys[b][p][1][h] for p in visible])
+                    torch.testing.assert_close(out[b, 0, head], logits.softmax(0) @ values, rtol=1e-4, atol=1e-5)
+
+
+def test_finished_rows_keep_their_state(loaded):
+    engine = Engine(loaded, cache="snapkv:window=4,recent=4", budget=16, max_new_tokens=8, max_context=200)
+    engine.prefill(tokens(40, 30))
+    first = engine.step([3, 4])
+    before = [t[1].clone() for t in (engine.cache.k, engine.cache.pos, engine.cache.position, engine.cache.length)]
+    for _ in range(15):
+        engine.step([5, 6], active_B=[True, False])
+    after = [t[1] for t in (engine.cache.k, engine.cache.pos, engine.cache.position, engine.cache.length)]
+    assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+    assert engine.tokens_seen == [56, 31]
+    again = Engine(loaded, cache="snapkv:window=4,recent=4", budget=16, max_new_tokens=8, max_context=200)
+    again.prefill([tokens(40, 30)[1]])
+    close(first[1], again.step([4])[0])
+    close(engine.step([1, 9])[1], again.step([9])[0])
+
+
+def test_chunked_prefill_equals_whole_prefill_when_nothing_is_dropped(loaded):
+    prompts = tokens(100, 31)
+    for cache in ("full", "snapkv"):
+        whole = Engine(loaded, cache=cache, budget=128, max_context=200)
+        parts = Engine(loaded, cache=cache, budget=128, max_context=200, chunk_tokens=16)
+        close(parts.prefill(prompts), whole.prefill(prompts))
+        close(parts.step([1, 2]), whole.step([1, 2]))
+        assert (whole.stats().prefill, parts.stats().prefill) == ("whole", "chunked")
+
+
+def test_generate_and_stream_agree_and_continue(loaded):
+    engine = Engine(loaded, cache="full", max_new_tokens=12, max_context=300)
+    first, more = tokens(20)[0], tokens(6, seed=2)[0]
+    (batch,) = engine.generate([first])
+    engine.reset()
+    streamed = list(engine.stream(first))
+    assert streamed == batch and len(batch) == 12
+    continued = list(engine.stream(more))
+    (fresh,) = engine.generate([first + streamed + more])
+    assert continued == fresh
+
+
+def test_an_interrupted_answer_is_still_part_of_the_conversation(loaded):
+    engine = Engine(loaded, cache="full", max_new_tokens=12, max_context=300)
+    first, more = tokens(20)[0], tokens(6, seed=2)[0]
+    seen = []
+    for token in engine.stream(first):
+        seen.append(token)
+        if len(seen) == 5:
+            break
+    continued = list(engine.stream(more))
+    (fresh,) = engine.generate([first + seen + more])
+    assert continued == fresh
+
+
+def test_generation_stops_at_stop_ids_and_at_the_context(loaded):
+    engine = Engine(loaded, cache="full", max_new_tokens=30, max_context=40)
+    (ids,) = engine.generate(tokens(20))
+    assert len(ids) == 20
+    stopping = Loaded(**{**vars(loaded), "chat": SimpleNamespace(stop_ids=frozenset({ids[4]}))})
+    (short,) = Engine(stopping, cache="full", max_new_tokens=30, max_context=40).generate(tokens(20))
+    assert short == ids[: ids.index(ids[4])]
+
+
+def test_sampling_repeats_with_its_seed_and_ignores_the_batch(loaded):
+    engine = Engine(loaded, cache="full", max_new_tokens=10, max_context=100)
+    sampling = {"temperature": 1.0, "top_p": 0.9}
+    together = engine.generate(tokens(20, 7), seed=5, **sampling)
+    assert engine.generate([tokens(20, 7)[1]], seed=6, **sampling) == together[1:]
+    assert engine.generate([tokens(20, 7)[1]], seed=7, **sampling) != together[1:]
+
+
+def test_no_new_memory_while_decoding(loaded):
+    engine = Engine(loaded, cache="headkv:window=4,recent=4", budget=24, max_new_tokens=6, max_context=300)
+    pointers = {name: t.data_ptr() for name, t in vars(engine.cache).items() if isinstance(t, torch.Tensor)}
+    for prompts in (tokens(100), tokens(14)):
+        engine.prefill(prompts)
+        for _ in range(100):
+            engine.step([1])
+        engine.extend(tokens(50, seed=3))
+    pointers.pop("_slot_C")
+    assert all(getattr(engine.cache, name).data_ptr() == pointer for name, pointer in pointers.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cache": "snap"}, "choose from"),
+        ({"budget": "many"}, "not understood"),
+        ({"budget": 3, "cache": "snapkv"}, "always keeps 0 sinks and the last 32 tokens.*at least 32"),
+        ({"budget": "1KiB"}, "leaves 0 tokens"),
+        ({"budget": 0}, "positive"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"batch": 0}, "batch must be at least 1"),
+        ({"max_context": 513}, "513 is beyond the 512"),
+        ({"cache": "full", "max_context": 10**13, "allow_overflow": True}, "MiB are free"),
+    ],
+)
+def test_impossible_engines_are_refused(loaded, options, message):
+    with pytest.raises(ValueError, match=message):
+        Engine(loaded, **options)
+
+
+def test_wrong_calls_are_refused(loaded):
+    engine = Engine(loaded, cache="full", max_context=50)
+    for call, message in [
+        (lambda: engine.step([1]), "call prefill first"),
+        (lambda: engine.extend([[1]]), "call prefill first"),
+        (lambda: engine.prefill([]), "no prompt"),
+        (lambda: engine.prefill([[1], []]), "row 1 is empty"),
+        (lambda: engine.prefill([[V]]), "outside 0..96"),
+        (lambda: engine.prefill([[1] * 51]), "has 51 tokens, the context is 50"),
+        (lambda: engine.prefill([[1] * 50]) is None or engine.step([1]), "context of 50 tokens is full"),
+        (lambda: engine.extend([[1]]), "1 tokens after 50 earlier ones"),
+        (lambda: engine.extend([[1], [2]]), "got 2 rows"),
+        (lambda: engine.step([1, 2]), "got 2 tokens"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+    overflowing = Engine(loaded, cache="streaming", budget=20, max_context=600, allow_overflow=True)
+    assert overflowing.prefill(tokens(590)).isfinite().all()

@@ -1,0 +1,445 @@
+"""What the commands share: their options, one clear line for every error, and text that streams from an engine."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import shutil
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from checkpoints.importance import METHODS
+from checkpoints.resolve import ALIASES, DEFAULT_MODEL
+from layers.budget import parse_budget
+from zoo.load import DTYPES, Loaded, load
+
+# torch takes seconds to import: `--help` and wrong options do not wait for it.
+if TYPE_CHECKING:
+    from layers.methods.base import Method
+    from zoo.engine import Engine
+
+DEFAULT_MAX_NEW_TOKENS = 512
+_LARGEST = 2**31 - 1  # positions are int32
+_PATIENCE_S = 2.0
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+
+def run(program: str, body: Callable[[], None]) -> int:
+    """Run a command; whatever goes wrong becomes one line on stderr.
+
+    Args:
+        program: begins the line.
+        body: the command.
+
+    Returns:
+        The exit status: 0, 2 when something outside the program is wrong, 1 for an error of our own. With
+        HEADKV_ZOO_DEBUG=1 a traceback comes before the line.
+    """
+    if sys.stderr is None:  # closed: `print(file=None)` would write to stdout instead
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (for the rest of the process)
+    try:
+        if sys.stdout is None:
+            raise ValueError("standard output is closed: there is nowhere to write to")
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # a terminal that is not UTF-8 shows ? for what it lacks
+                stream.reconfigure(errors="replace")
+        # argparse leaves so after printing the help.
+        with suppress(SystemExit):
+            body()
+        sys.stdout.flush()
+        return 0
+    except BaseException as error:
+        status, line = _explain(error)
+        with suppress(OSError):
+            if os.environ.get("HEADKV_ZOO_DEBUG") == "1":
+                traceback.print_exc()
+            note(f"{program}: {line}")
+        _drop_unwritable_output()
+        return status
+
+
+def _explain(error: BaseException) -> tuple[int, str]:
+    if isinstance(error, KeyboardInterrupt):
+        return 2, "interrupted"
+    if isinstance(error, BrokenPipeError):
+        return 2, "whoever read the output has closed it: the rest is lost"
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return 2, f"{where}{error.strerror or error}: check the path, its permissions and the free space"
+    if isinstance(error, ImportError):
+        return 2, f"{error}: run `pip install -c constraints.txt -e .` in the project's folder"
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error)):
+        return 2, "out of memory: use a smaller model, a smaller --dtype, or a lower --budget or --max-context"
+    if isinstance(error, ValueError):
+        return 2, str(error)
+    return 1, f"{type(error).__name__}: {error}: this is a bug, please report what HEADKV_ZOO_DEBUG=1 prints"
+
+
+def note(text: str) -> None:
+    """Print one line on stderr, whatever the text holds."""
+    line = " ".join(text.split())
+    print("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line), file=sys.stderr)
+
+
+def _drop_unwritable_output() -> None:
+    """What cannot be written now must not be tried, and complained about, again when the interpreter exits."""
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# -- options -----------------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; --help explains the options")
+
+
+def parser(program: str, description: str, examples: str) -> argparse.ArgumentParser:
+    """A parser with the options of every command.
+
+    Args:
+        program: as the user calls it.
+        description: what it does.
+        examples: shown below the options.
+
+    Returns:
+        The parser; add what is the command's own.
+    """
+    made = _Parser(
+        prog=program,
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    prompt = made.add_argument_group("prompt").add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", type=_text, metavar="TEXT", help="the prompt")
+    prompt.add_argument("--prompt-file", metavar="P", help="a UTF-8 file with the prompt; - is standard input")
+
+    model = made.add_argument_group("model")
+    model.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        metavar="M",
+        help="an alias, a checkpoint directory, a .gguf file or a hub id (default: %(default)s)",
+    )
+    model.add_argument("--dtype", default="float32", metavar="D", help=f"{', '.join(DTYPES)} (default: %(default)s)")
+    model.add_argument(
+        "--device", default="cpu", metavar="D", help="where to run, e.g. cpu or cuda (default: %(default)s)"
+    )
+    model.add_argument("--threads", type=_whole(1, 1024), metavar="N", help="CPU threads (default: torch decides)")
+
+    cache = made.add_argument_group("cache")
+    cache.add_argument(
+        "--cache",
+        default="headkv",
+        metavar="METHOD",
+        help="headkv (default), full, snapkv, streaming and what else --list shows; options follow a colon: "
+        "headkv:beta=1.2",
+    )
+    cache.add_argument(
+        "--budget",
+        type=_budget,
+        metavar="B",
+        help="tokens of the prompt kept per KV head (128), a share of it (12.5%%) or bytes for everything (64MiB); the "
+        "method decides unless given",
+    )
+    cache.add_argument(
+        "--importance", metavar="FILE", help="head importance for headkv (default: what ships for the model)"
+    )
+    cache.add_argument(
+        "--max-context",
+        type=_whole(1),
+        metavar="N",
+        help="tokens of prompts and answers at most (default: what the model was trained for)",
+    )
+    cache.add_argument(
+        "--allow-overflow", action="store_true", help="go beyond the context that the model was trained for"
+    )
+
+    answer = made.add_argument_group("answer")
+    answer.add_argument(
+        "--max-new-tokens",
+        type=_whole(1),
+        metavar="N",
+        help=f"tokens per answer at most; room for them is reserved (default: {DEFAULT_MAX_NEW_TOKENS}, or a quarter of a "
+        "context that is short)",
+    )
+    answer.add_argument(
+        "--temperature",
+        type=_real(0, 100),
+        default=0.2,
+        metavar="T",
+        help="0 always takes the likeliest token (default: %(default)s)",
+    )
+    answer.add_argument(
+        "--top-k", type=_whole(0), default=0, metavar="K", help="among the K likeliest; 0 is all (default)"
+    )
+    answer.add_argument(
+        "--top-p",
+        type=_real(0, 1, above=True),
+        default=0.9,
+        metavar="P",
+        help="among the likeliest with mass P (default: %(default)s)",
+    )
+    answer.add_argument(
+        "--min-p",
+        type=_real(0, 1),
+        default=0.0,
+        metavar="M",
+        help="among those at least M times as likely as the likeliest (default: %(default)s)",
+    )
+    answer.add_argument(
+        "--seed", type=_whole(0), default=0, metavar="N", help="the same seed repeats an answer (default: %(default)s)"
+    )
+
+    running = made.add_argument_group("running")
+    running.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="compile the model's blocks: a slow start, then faster"
+    )
+    running.add_argument("--stats", action="store_true", help="after each answer, what the cache held and the speed")
+    running.add_argument("--list", action="store_true", help="show models, cache methods and dtypes, and leave")
+    return made
+
+
+def _text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("the text is not valid UTF-8: put it in a file and convert that") from None
+    return text
+
+
+def _budget(text: str) -> str:
+    try:
+        parse_budget(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def _whole(least: int, most: int = _LARGEST) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        with suppress(ValueError):
+            if least <= (number := int(text)) <= most:
+                return number
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
+
+    return read
+
+
+def _real(least: float, most: float, *, above: bool = False) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        with suppress(ValueError):
+            if least <= (number := float(text)) <= most and not (above and number == least):
+                return number
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number {'above' if above else 'from'} {least} to {most}")
+
+    return read
+
+
+def read_prompt(args: argparse.Namespace) -> str | None:
+    """The prompt that the options give, or None.
+
+    Raises:
+        ValueError: the file cannot be read or is not UTF-8, **or** standard input is closed, **or** the prompt is empty.
+    """
+    if args.prompt_file is None:
+        text = args.prompt
+    else:
+        name = "standard input" if args.prompt_file == "-" else args.prompt_file
+        if args.prompt_file == "-" and sys.stdin is None:
+            raise ValueError("standard input is closed: pipe the prompt in, or use --prompt TEXT")
+        try:
+            data = sys.stdin.buffer.read() if args.prompt_file == "-" else Path(args.prompt_file).read_bytes()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(
+                f"cannot read the prompt from {name} ({reason}): give a text file, or - for a pipe"
+            ) from None
+        text = decoded(data, name).removesuffix("\n")
+    if text is not None and not text.strip():
+        raise ValueError("the prompt is empty: write something after --prompt or into --prompt-file")
+    return text
+
+
+def decoded(data: bytes, name: str) -> str:
+    """Text of UTF-8 bytes, with or without a byte order mark.
+
+    Raises:
+        ValueError: they are not UTF-8.
+
+    Example:
+        >>> decoded(b"caf\\xc3\\xa9", "menu.txt")
+        'café'
+    """
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{name} is not UTF-8 text (byte {error.start} is 0x{data[error.start]:02x}): convert it with iconv -t UTF-8"
+        ) from None
+
+
+def sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that say how tokens are chosen, as `Engine.stream` takes them."""
+    return {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")}
+
+
+# -- model and engine --------------------------------------------------------------------------------------------------
+
+
+def load_model(args: argparse.Namespace) -> Loaded:
+    """Load the model that the options ask for, after everything that can be refused without it.
+
+    Raises:
+        ValueError: options that contradict each other; see `zoo.load.load` and `layers.methods.build_method`.
+    """
+    from layers.methods import needs_importance
+
+    method = described(args.cache)
+    if args.budget is not None and method.default_budget is None:
+        raise ValueError(
+            f"--cache {method.name} keeps everything: drop --budget {args.budget}, or choose another method"
+        )
+    if args.importance is not None and not needs_importance(args.cache):
+        raise ValueError(f"--cache {method.name} does not use head importance: drop --importance {args.importance}")
+    if args.compile and not has_compiler():
+        raise ValueError("--compile needs a C++ compiler and there is none: install g++, or pass --no-compile")
+    if args.threads is not None:
+        import torch
+
+        torch.set_num_threads(args.threads)
+    return load(args.model, dtype=args.dtype, device=args.device, progress=sys.stderr.isatty())
+
+
+def described(spec: str) -> Method:
+    """A method as it describes itself, made without the head importance of any model.
+
+    Raises:
+        ValueError: see `layers.methods.build_method`.
+    """
+    import torch
+
+    from layers.methods import build_method
+
+    return build_method(spec, {kind: torch.ones(1, 1) for kind in METHODS})
+
+
+def has_compiler() -> bool:
+    """Whether there is the C++ compiler that torch.compile would call."""
+    return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")) is not None
+
+
+def answer_limit(args: argparse.Namespace, loaded: Loaded) -> int:
+    """Tokens that an answer may have."""
+    context = args.max_context or loaded.config.max_position
+    return args.max_new_tokens or min(DEFAULT_MAX_NEW_TOKENS, math.ceil(context / 4))
+
+
+def make_engine(args: argparse.Namespace, loaded: Loaded, *, max_context: int | None, compiled: bool) -> Engine:
+    """An engine as the options want it.
+
+    Raises:
+        ValueError: see `zoo.engine.Engine`.
+    """
+    from zoo.engine import Engine
+
+    return Engine(
+        loaded,
+        cache=args.cache,
+        budget=args.budget,
+        max_new_tokens=answer_limit(args, loaded),
+        max_context=max_context,
+        compile=compiled,
+        importance=args.importance,
+        allow_overflow=args.allow_overflow,
+    )
+
+
+def make_engine_for(args: argparse.Namespace, loaded: Loaded, ids: Sequence[int]) -> Engine:
+    """An engine as large as one prompt and its answer need.
+
+    Raises:
+        ValueError: they are longer than the context; also see `zoo.engine.Engine`.
+    """
+    limit = answer_limit(args, loaded)
+    context = args.max_context or loaded.config.max_position
+    check_fits(len(ids), 0, limit, sys.maxsize if args.allow_overflow else context, "pass --allow-overflow")
+    return make_engine(args, loaded, max_context=len(ids) + limit, compiled=bool(args.compile))
+
+
+def check_fits(new: int, seen: int, limit: int, context: int, remedy: str) -> None:
+    """Refuse a prompt that leaves no room for its answer.
+
+    Args:
+        new: its tokens.
+        seen: tokens before it.
+        limit: tokens that the answer may have.
+        context: tokens that there may be.
+        remedy: what helps, besides a shorter prompt or answer.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    if seen + new + limit > context:
+        earlier = f" after {seen} earlier ones" if seen else ""
+        raise ValueError(
+            f"the prompt has {new} tokens{earlier} and its answer may have {limit}, but the context is {context}: "
+            f"shorten it, lower --max-new-tokens, or {remedy}"
+        )
+
+
+@contextmanager
+def waiting(text: str) -> Iterator[None]:
+    """Turn a spinner on a terminal's stderr when something takes longer than two seconds."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    status = Console(stderr=True).status(text)
+    timer = threading.Timer(_PATIENCE_S, status.start)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        status.stop()
+
+
+def print_choices() -> None:
+    """Show what --model, --cache and --dtype may be."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from layers.methods import method_names, needs_importance
+    from zoo.family import family_names
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    models = Table("--model", "what it is", box=None, title="Models", title_justify="left")
+    for alias in ALIASES:
+        models.add_row(alias, f"{ALIASES[alias].requirement}{' (default)' if alias == DEFAULT_MODEL else ''}")
+    models.add_row("a folder, .gguf file or hub id", f"of a family among {', '.join(family_names())}")
+    methods = Table(
+        "--cache", "keeps", "head importance", "source", box=None, title="Cache methods", title_justify="left"
+    )
+    for name in method_names():
+        method = described(name)
+        methods.add_row(name, method.summary, "needed" if needs_importance(name) else "-", method.paper)
+    console.print(models, "", methods, "", f"[italic]--dtype[/] {', '.join(DTYPES)}", sep="\n")
