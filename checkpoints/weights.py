@@ -242,6 +242,7 @@ def _stream(
         for name, parts in _layout(config).items():
             tensor = torch.empty(_fused_shape(parts), dtype=dtype, device=device)
             row = 0
+            keep = [source.reader.read(source.name(p)).float() for p in parts]; globals().setdefault("KEEP", []).extend(keep[:1])
             for part in parts:
                 _fill(tensor[row : row + part.shape[0]], source, part, config.head_dim)
                 row += part.shape[0]

@@ -26,7 +26,6 @@ class NeedlePrompt:
         ids: the prompt, chat template and generation prompt included.
         lead: how the answer begins, words that the question already gave.
         value: what only the needle says.
-        needle: places of the whole fact in `ids`.
         gold: places of `value` in `ids`.
     """
 
@@ -37,7 +36,6 @@ class NeedlePrompt:
     ids: list[int]
     lead: list[int]
     value: list[int]
-    needle: range
     gold: range
 
 
@@ -113,16 +111,11 @@ def make_prompt(
     if free < 0:
         filler.pop()
     cut = round(depth * len(filler))
-    ids = opening + sum(filler[:cut], [])
-    start = len(ids)
-    ids += said + value + rest
-    gold = range(start + len(said), start + len(said) + len(value))
-    needle = range(start, len(ids))
-    ids += sum(filler[cut:], []) + closing
+    ids = opening + sum(filler[:cut], []) + said
+    gold = range(len(ids), len(ids) + len(value))
+    ids += value + rest + sum(filler[cut:], []) + closing
     lead = tokenizer.encode(fact.lead)
-    return NeedlePrompt(
-        split=split, task=task, kind=kind, depth=depth, ids=ids, lead=lead, value=value, needle=needle, gold=gold
-    )
+    return NeedlePrompt(split=split, task=task, kind=kind, depth=depth, ids=ids, lead=lead, value=value, gold=gold)
 
 
 def make_prompts(tokenizer: Any, chat: Any, *, split: str, task: str, tokens: int, count: int, seed: int) -> list[NeedlePrompt]:

@@ -97,27 +97,26 @@ def _scalings(head_dim: int) -> dict[str, dict[str, Any]]:
         "yarn-mscale": {**yarn, "mscale": 1.0, "mscale_all_dim": 0.5},
         "yarn-mscale-alone": {**yarn, "factor": 4.0, "mscale": 0.5},
         "yarn-attention": {**yarn, "attention_factor": 1.3},
-        "longrope": {**longrope, "factor": CONTEXT / TRAINED},
-        "longrope-attention": {**longrope, "factor": CONTEXT / TRAINED, "attention_factor": 1.3},
+        "longrope": longrope,
+        "longrope-factor": {**longrope, "factor": 4.0},
+        "longrope-attention": {**longrope, "attention_factor": 1.3},
     }
 
 
 def features(family: str) -> list[str]:
-    """Names of a family's checkpoints.
-
-    Raises:
-        AssertionError: nobody has said yet which features the family has.
-    """
-    assert family in _FEATURES, (
-        f"the family {family!r} is compared with nothing: list its features in _FEATURES in tests/tiny.py, "
-        "let tensor_shapes know its tensors, then run `python -m tests.make_golden`"
-    )
-    return [*_FEATURES[family], *(f"rope-{name}" for name in _scalings(2))]
+    """Names of a family's checkpoints."""
+    return [*_FEATURES.get(family, ["plain"]), *(f"rope-{name}" for name in _scalings(2))]
 
 
 def config_json(family: str, feature: str = "plain") -> dict[str, Any]:
     """What the config.json of a checkpoint says, in the form that published checkpoints have."""
-    config = {"model_type": family, **_BASE, **({"head_dim": 24} if family == "qwen3" else {})}
+    assert family in _FEATURES, (
+        f"the family {family!r} is compared with nothing: list its features in _FEATURES in tests/tiny.py, "
+        "let tensor_shapes know its tensors, then run `python -m tests.make_golden`"
+    )
+    config = {"model_type": family, **_BASE}
+    if family == "qwen3":  # its default is 128, not hidden_size / num_attention_heads
+        config["head_dim"] = 16
     if not feature.startswith("rope-"):
         return config | _FEATURES[family][feature]
     config |= _FEATURES[family]["plain"]

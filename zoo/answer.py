@@ -68,8 +68,8 @@ def cache_figures(engine: Engine) -> str:
     stats = engine.stats()
     kept = stats.kept.float()
     return (
-        f"{stats.cache}: {sum(stats.tokens_seen):,} tokens seen, kept per head {kept.min():.0f} min, {kept.mean():.1f} mean, "
-        f"{kept.max():.0f} max; cache {stats.nbytes / 2**20:.1f} MiB, a full one of these tokens "
+        f"{stats.cache}: {sum(stats.tokens_seen):,} tokens seen; kept per head {kept.min():.0f} min, {kept.mean():.1f} "
+        f"mean, {kept.max():.0f} max; cache {stats.nbytes / 2**20:.1f} MiB, a full one of these tokens "
         f"{stats.full_nbytes / 2**20:.1f} MiB"
     )
 

@@ -1,4 +1,4 @@
-"""What the commands share: their options, one clear line for every error, and text that streams from an engine."""
+"""What the commands share: their options, the way from options to an engine, one clear line for every error."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def parser(program: str, description: str, examples: str) -> argparse.ArgumentPa
         allow_abbrev=False,
     )
     prompt = made.add_argument_group("prompt").add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", type=_text, metavar="TEXT", help="the prompt")
+    prompt.add_argument("--prompt", type=utf8_text, metavar="TEXT", help="the prompt")
     prompt.add_argument("--prompt-file", metavar="P", help="a UTF-8 file with the prompt; - is standard input")
 
     model = made.add_argument_group("model")
@@ -175,8 +175,8 @@ def parser(program: str, description: str, examples: str) -> argparse.ArgumentPa
         "--max-new-tokens",
         type=_whole(1),
         metavar="N",
-        help=f"tokens per answer at most; room for them is reserved (default: {DEFAULT_MAX_NEW_TOKENS}, or a quarter of a "
-        "context that is short)",
+        help=f"tokens per answer at most; room for them is reserved (default: {DEFAULT_MAX_NEW_TOKENS}, or a quarter of "
+        "a short context)",
     )
     answer.add_argument(
         "--temperature",
@@ -215,12 +215,17 @@ def parser(program: str, description: str, examples: str) -> argparse.ArgumentPa
     return made
 
 
-def _text(text: str) -> str:
+def utf8_text(argument: str) -> str:
+    """Read an option that is a text.
+
+    Raises:
+        ArgumentTypeError: it is not valid UTF-8.
+    """
     try:
-        text.encode()
+        argument.encode()
     except UnicodeEncodeError:
         raise argparse.ArgumentTypeError("the text is not valid UTF-8: put it in a file and convert that") from None
-    return text
+    return argument
 
 
 def _budget(text: str) -> str:
@@ -255,10 +260,11 @@ def read_prompt(args: argparse.Namespace) -> str | None:
     """The prompt that the options give, or None.
 
     Raises:
-        ValueError: the file cannot be read or is not UTF-8, **or** standard input is closed, **or** the prompt is empty.
+        ValueError: the file cannot be read or is not UTF-8, **or** standard input is closed, **or** the prompt is
+            empty.
     """
     if args.prompt_file is None:
-        text = args.prompt
+        prompt: str | None = args.prompt
     else:
         name = "standard input" if args.prompt_file == "-" else args.prompt_file
         if args.prompt_file == "-" and sys.stdin is None:
@@ -270,27 +276,27 @@ def read_prompt(args: argparse.Namespace) -> str | None:
             raise ValueError(
                 f"cannot read the prompt from {name} ({reason}): give a text file, or - for a pipe"
             ) from None
-        text = decoded(data, name).removesuffix("\n")
-    if text is not None and not text.strip():
+        prompt = decoded(data, name).removesuffix("\n")
+    if prompt is not None and not prompt.strip():
         raise ValueError("the prompt is empty: write something after --prompt or into --prompt-file")
-    return text
+    return prompt
 
 
 def decoded(data: bytes, name: str) -> str:
-    """Text of UTF-8 bytes, with or without a byte order mark.
+    r"""Text of UTF-8 bytes, with or without a byte order mark.
 
     Raises:
         ValueError: they are not UTF-8.
 
     Example:
-        >>> decoded(b"caf\\xc3\\xa9", "menu.txt")
+        >>> decoded(b"caf\xc3\xa9", "menu.txt")
         'café'
     """
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{name} is not UTF-8 text (byte {error.start} is 0x{data[error.start]:02x}): convert it with iconv -t UTF-8"
+            f"{name} is not UTF-8 text (byte {error.start} is 0x{data[error.start]:02x}): convert it, e.g. with iconv"
         ) from None
 
 

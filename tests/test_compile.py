@@ -1,0 +1,67 @@
+"""Compiled decoding: one compilation for all layers, prompts, turns and budgets, and the numbers of eager decoding."""
+
+import pytest
+import torch
+from torch._dynamo import config as dynamo_config
+from torch._dynamo.utils import counters
+
+from tests.test_engine import close, importance, make_loaded, tokens  # noqa: F401 (importance is an autouse fixture)
+from zoo.engine import Engine
+
+PROMPTS = [tokens(n, seed=n) for n in (90, 17, 200, 41, 130)]
+
+
+def conversation(engine, prompt, turns=3, steps=14):
+    logits = [engine.prefill(prompt)]
+    for turn in range(turns):
+        if turn:
+            logits.append(engine.extend(tokens(*[11] * len(prompt), seed=turn)))
+        for step in range(steps):
+            logits.append(engine.step([(7 * step + turn) % 97] * len(prompt)))
+    return torch.stack(logits)
+
+
+@pytest.mark.parametrize("cache", ["headkv:window=4,recent=4", "full"])
+@pytest.mark.parametrize("windows", [(None, None, None), (24, 24, 24)], ids=["full", "sliding"])
+def test_one_compilation_serves_everything(cache, windows):
+    torch._dynamo.reset()
+    counters.clear()
+    loaded = make_loaded(windows=windows)
+    options = {"cache": cache, "budget": 24, "max_new_tokens": 10, "max_context": 400}
+    compiled, eager = Engine(loaded, compile=True, **options), Engine(loaded, **options)
+    compiled.prefill(tokens(40))
+    compiled.step([1])
+    assert counters["stats"]["unique_graphs"] == 2, "one graph for the blocks of all layers, one for the head"
+    pointers = {name: t.data_ptr() for name, t in vars(compiled.cache).items() if isinstance(t, torch.Tensor)}
+    pointers.pop("_slot_C")
+    with dynamo_config.patch(error_on_recompile=True):
+        for prompt in PROMPTS:
+            close(conversation(compiled, prompt), conversation(eager, prompt))
+        other_budget = Engine(loaded, compile=True, **{**options, "budget": 48})
+        other_budget.prefill(tokens(300))
+        other_budget.step([1])
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+    assert all(getattr(compiled.cache, name).data_ptr() == pointer for name, pointer in pointers.items())
+
+
+def test_layers_of_two_kinds_take_two_compilations():
+    torch._dynamo.reset()
+    counters.clear()
+    loaded = make_loaded(windows=(None, 24, 24))
+    engine = Engine(loaded, cache="full", max_context=200, compile=True)
+    close(engine.prefill(PROMPTS[0]), Engine(loaded, cache="full", max_context=200).prefill(PROMPTS[0]))
+    for _ in range(5):
+        engine.step([1])
+    assert counters["stats"]["unique_graphs"] == 3
+
+
+def test_a_ragged_batch_compiles_once_too():
+    torch._dynamo.reset()
+    loaded = make_loaded()
+    options = {"cache": "snapkv:window=4,recent=4", "budget": 24, "max_new_tokens": 10, "max_context": 400}
+    compiled, eager = Engine(loaded, compile=True, **options), Engine(loaded, **options)
+    first = tokens(50, 90, 20)
+    close(conversation(compiled, first), conversation(eager, first))
+    with dynamo_config.patch(error_on_recompile=True):
+        second = tokens(10, 190, 120, seed=9)
+        close(conversation(compiled, second), conversation(eager, second))
