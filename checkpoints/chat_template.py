@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,12 +23,12 @@ from checkpoints.errors import CheckpointError
 
 Message = Mapping[str, str]
 
-_SECONDS = 5.0  # honest templates take milliseconds
-_LARGEST = 2**31
+_SECONDS = 2.0  # of processor time; honest templates take milliseconds
+_LARGEST = 10_000_000  # a product, and characters of a repeated text
 
 
 class ChatTemplate:
-    """A compiled Jinja template.
+    r"""A compiled Jinja template.
 
     Args:
         text: the template.
@@ -38,9 +39,9 @@ class ChatTemplate:
         CheckpointError: the template is not valid Jinja.
 
     Example:
-        >>> template = ChatTemplate("{% for m in messages %}{{ m.role }}: {{ m.content }}\\n{% endfor %}", "here", {})
+        >>> template = ChatTemplate("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "here", {})
         >>> template.render([{"role": "user", "content": "Hi"}], generate=True)
-        'user: Hi\\n'
+        'user: Hi\n'
     """
 
     def __init__(self, text: str, origin: str, variables: Mapping[str, str]) -> None:
@@ -82,17 +83,18 @@ class ChatTemplate:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    # A syntax error's str holds the line, which can be the whole template.
+    return textwrap.shorten(getattr(error, "message", None) or str(error), 300) or type(error).__name__
 
 
 @contextmanager
 def _deadline() -> Iterator[None]:
     """Raise TimeoutError in the middle of Python code that runs too long; a sandbox alone lets loops nest."""
-    end = time.monotonic() + _SECONDS
+    end = time.thread_time() + _SECONDS
 
     def trace(frame: FrameType, event: str, arg: Any) -> Any:
-        if time.monotonic() > end:
-            raise TimeoutError(f"it was not done after {_SECONDS:.0f} s")
+        if time.thread_time() > end:
+            raise TimeoutError(f"it was not done after {_SECONDS:g} s")
         return trace
 
     previous = sys.gettrace()
@@ -112,16 +114,21 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         raise SecurityError(f"it reads the attribute {attribute!r} of a {type(obj).__name__}")
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        numbers = all(isinstance(value, int | float) and abs(value) < _LARGEST for value in (left, right))
-        if operator == "**" or not numbers:
-            raise SecurityError(f"it uses the operator {operator} on something else than two small numbers")
+        if operator == "*" and _size(left) * _size(right) > _LARGEST:
+            raise SecurityError(f"it makes something larger than {_LARGEST} with the operator *")
+        if operator == "**" or (operator == "%" and isinstance(left, str)):
+            raise SecurityError(f"it uses the operator {operator}, which can make huge things")
         return super().call_binop(context, operator, left, right)
+
+
+def _size(value: Any) -> Any:
+    return len(value) if hasattr(value, "__len__") else abs(value)
 
 
 class _Generation(Extension):
     """Templates mark what the assistant says with {% generation %}, for training; here it means nothing."""
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 (the base class declares it so)
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         """The nodes between the marks."""

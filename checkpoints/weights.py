@@ -240,15 +240,20 @@ def _stream(
     with progress_bar(label, _nbytes(config, dtype), enabled=progress) as report:
         done = 0
         for name, parts in _layout(config).items():
-            tensor = torch.empty(_fused_shape(parts), dtype=dtype, device=device)
-            row = 0
-            keep = [source.reader.read(source.name(p)).float() for p in parts]; globals().setdefault("KEEP", []).extend(keep[:1])
-            for part in parts:
-                _fill(tensor[row : row + part.shape[0]], source, part, config.head_dim)
-                row += part.shape[0]
-            done += tensor.nbytes
+            yield name, _fused(source, parts, config.head_dim, dtype, device)
+            done += math.prod(_fused_shape(parts)) * dtype.itemsize
             report(done)
-            yield name, tensor
+
+
+def _fused(
+    source: _Source, parts: tuple[_Part, ...], head_dim: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    tensor = torch.empty(_fused_shape(parts), dtype=dtype, device=device)
+    row = 0
+    for part in parts:
+        _fill(tensor[row : row + part.shape[0]], source, part, head_dim)
+        row += part.shape[0]
+    return tensor
 
 
 def _fill(target: torch.Tensor, source: _Source, part: _Part, head_dim: int) -> None:
@@ -397,3 +402,4 @@ def _write_safetensors(
         file.write(len(text).to_bytes(8, "little") + text)
         for _, tensor in tensors:
             file.write(tensor.flatten().view(torch.uint8).numpy().data)
+            del tensor  # before the next one is made

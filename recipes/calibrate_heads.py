@@ -2,9 +2,9 @@
 
     python -m recipes.calibrate_heads --model smollm2-135m --output zoo/importance/smollm2-135m.json
 
-A trial is a needle prompt with the gold answer appended, run through the model once. For the answer's tokens only, every
-head's attention row is looked at: does it point to where the answer stands in the prompt? Trials that the model itself
-does not answer say nothing about its heads and are left out.
+A trial is a needle prompt with the gold answer appended, run through the model once. For the answer's tokens only, the
+attention of every head is looked at: does it point to where the answer stands in the prompt? Trials that the model
+itself does not answer say nothing about its heads and are left out.
 
 Source:
     Wu et al., Retrieval Head Mechanistically Explains Long-Context Factuality, 2024 (R); Fu et al., HeadKV, ICLR 2025,
@@ -88,7 +88,8 @@ def retrieval_scores(weight_NAT: Tensor, ids_T: Tensor, answer_A: Tensor, gold: 
     """R and R2 of every head for one answer.
 
     With C the places of the gold answer: R counts steps whose most attended place lies in C and holds the token to be
-    produced; R2 adds up, over the |C| most attended places of each step, the attention of those in C. Both are divided by |C|.
+    produced; R2 adds up, over the |C| most attended places of each step, the attention of those in C. Both are divided
+    by |C|.
 
     Args:
         weight_NAT: attention of each head from each of A answer steps.
@@ -168,7 +169,9 @@ def calibrate(loaded: Loaded, *, trials: int, lengths: list[int], seed: int, com
         ValueError: fewer than 8 trials were answered, **or** a prompt length beyond the model's context.
     """
     if max(lengths) + 64 > loaded.config.max_position:
-        raise ValueError(f"prompts of {max(lengths)} tokens and an answer do not fit {loaded.config.max_position}: shorten")
+        raise ValueError(
+            f"prompts of {max(lengths)} tokens and an answer do not fit {loaded.config.max_position}: shorten"
+        )
     prompts = calibration_prompts(loaded, trials=trials, lengths=lengths, seed=seed)
     tried = [run_trial(loaded, p) for p in track(prompts, "Calibrating", console=Console(stderr=True))]
     accepted = [trial for trial in tried if trial.accepted]
@@ -176,7 +179,7 @@ def calibrate(loaded: Loaded, *, trials: int, lengths: list[int], seed: int, com
     everything = [trial.r2_LN for trial in accepted]
     if len(plain) < MIN_ACCEPTED:
         raise ValueError(
-            f"{loaded.name} answered only {len(plain)} of {trials} needle prompts with a plain fact, {MIN_ACCEPTED} are "
+            f"{loaded.name} answered only {len(plain)} plain questions in {trials} needle prompts, {MIN_ACCEPTED} are "
             "needed: raise --trials, shorten --lengths, or use a model that can retrieve"
         )
     provenance = {
@@ -207,7 +210,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", default="smollm2-135m", help="alias, directory, .gguf file or hub id")
     parser.add_argument("--output", type=Path, required=True, help="json file to write")
     parser.add_argument("--trials", type=int, default=40, help="needle prompts to try")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[300, 600, 1200], help="prompt tokens, drawn from these")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[300, 600, 1200], help="prompt tokens, drawn from these"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
@@ -224,7 +229,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for item in scores:
-        print(f"{item.method}: {item.trials} trials, halves agree {item.provenance['split_half_correlation'][item.method]}")
+        halves = item.provenance["split_half_correlation"][item.method]
+        print(f"{item.method}: {item.trials} trials, correlation of their halves {halves}")
     return 0
 
 

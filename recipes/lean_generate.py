@@ -66,7 +66,7 @@ def main(text: str, new_tokens: int = 32, budget: int = 64) -> str:
         cache.begin_step(torch.tensor([True]))
         new.append(next_token(new[-1:], cache.position[:, None], cache))
         cache.end_step()
-    return tokenizer.decode(new)
+    return tokenizer.decode(new, skip_special=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Needle prompts: one fact hidden in about as many tokens of noise or prose as wanted, and a question about it.
 
-All text is generated from the word lists below. The splits "calibrate", "tune" and "test" share no fact, no key, no filler
+All text is generated from the word lists below. The splits "calibrate", "tune" and "test" share no fact, no filler
 sentence and no seed, so nothing that was fitted on one has seen another.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 TASKS = ("noise", "prose")
@@ -94,7 +95,8 @@ def make_prompt(
     head, tail = template.split("\0")
     opening = tokenizer.encode(head, special=True) + tokenizer.encode("Read the text and answer the question.\n\n")
     closing = tokenizer.encode(f"\n\nQuestion: {fact.question}") + tokenizer.encode(tail, special=True)
-    said, value, rest = (tokenizer.encode(text) for text in (f" {before.rstrip()}", f" {fact.value}", after))
+    space = before[len(before.rstrip()) :]
+    said, value, rest = (tokenizer.encode(text) for text in (f" {before.rstrip()}", space + fact.value, after))
 
     free = tokens - len(opening) - len(closing) - len(said) - len(value) - len(rest)
     if free < 0:
@@ -111,14 +113,16 @@ def make_prompt(
     if free < 0:
         filler.pop()
     cut = round(depth * len(filler))
-    ids = opening + sum(filler[:cut], []) + said
+    ids = opening + list(chain(*filler[:cut])) + said
     gold = range(len(ids), len(ids) + len(value))
-    ids += value + rest + sum(filler[cut:], []) + closing
+    ids += value + rest + list(chain(*filler[cut:])) + closing
     lead = tokenizer.encode(fact.lead)
     return NeedlePrompt(split=split, task=task, kind=kind, depth=depth, ids=ids, lead=lead, value=value, gold=gold)
 
 
-def make_prompts(tokenizer: Any, chat: Any, *, split: str, task: str, tokens: int, count: int, seed: int) -> list[NeedlePrompt]:
+def make_prompts(
+    tokenizer: Any, chat: Any, *, split: str, task: str, tokens: int, count: int, seed: int
+) -> list[NeedlePrompt]:
     """Prompts of one split and task, the kinds in turn, at evenly spread depths in random order."""
     depths = [(index + 0.5) / count for index in range(count)]
     random.Random(f"{split}/{task}/{seed}").shuffle(depths)
@@ -146,16 +150,17 @@ def _letters(rng: random.Random, count: int) -> str:
     return "".join(rng.choices("ABCDEFGHJKLMNPQRSTUVWXYZ", k=count))
 
 
-def _about(subject: str, keys: tuple[str, ...], value: Callable[[random.Random], str]) -> Callable[[random.Random], Fact]:
-    """A maker of facts of the form "The <subject> of <key> is <value>."."""
+def _about(
+    subject: str, keys: tuple[str, ...], value: Callable[[random.Random], str], *, quoted: bool = True
+) -> Callable[[random.Random], Fact]:
+    """A maker of facts of the form: The <subject> of <key> is "<value>"."""
 
     def fact(rng: random.Random) -> Fact:
         phrase = subject.format(key=rng.choice(keys))
+        quote = '"' if quoted else ""
+        lead = f"{phrase[0].upper()}{phrase[1:]} is {quote}"
         return Fact(
-            statement=f"{phrase[0].upper()}{phrase[1:]} is {{value}}.",
-            question=f"What is {phrase}?",
-            lead=f"{phrase[0].upper()}{phrase[1:]} is",
-            value=value(rng),
+            statement=f"{lead}{{value}}{quote}.", question=f"What is {phrase}?", lead=lead.rstrip(), value=value(rng)
         )
 
     return fact
@@ -165,7 +170,9 @@ def _comparison(rng: random.Random) -> Fact:
     """Two candidates and the fact that decides between them; which comes first, and how it is put, is balanced."""
     right, wrong = rng.sample(("Odile", "Marcus", "Ingrid", "Tobias", "Paloma", "Henrik"), 2)
     value, other = rng.sample(("plum cake", "barley soup", "goat cheese", "pea stew", "rye bread", "fish pie"), 2)
-    asked, opposite = rng.choice((("older", "younger"), ("younger", "older"), ("taller", "shorter"), ("shorter", "taller")))
+    asked, opposite = rng.choice(
+        (("older", "younger"), ("younger", "older"), ("taller", "shorter"), ("shorter", "taller"))
+    )
     likes = [f"{right}'s favourite dish is {{value}}.", f"{wrong}'s favourite dish is {other}."]
     rng.shuffle(likes)
     link = rng.choice((f"{right} is {asked} than {wrong}.", f"{wrong} is {opposite} than {right}."))
@@ -206,7 +213,14 @@ SPLITS = {
         words={
             "name": ("Agnes", "Bertram", "Clotilde", "Dunstan", "Edwina", "Florian", "Gertrude", "Hubert"),
             "place": ("Ashcombe", "the lower village", "Millbrook", "the old quarter", "Fernley", "the abbey", "Oxbow"),
-            "thing": ("a wicker basket", "a copper pan", "the blue cart", "a wool blanket", "a lame donkey", "a clay jug"),
+            "thing": (
+                "a wicker basket",
+                "a copper pan",
+                "the blue cart",
+                "a wool blanket",
+                "a lame donkey",
+                "a clay jug",
+            ),
             "adjective": ("crooked", "patient", "yellow", "muddy", "cheerful", "narrow", "sleepy", "honest"),
         },
         kinds={
@@ -214,11 +228,14 @@ SPLITS = {
                 "the registration number of {key}",
                 ("the green tractor", "the ferry Juno", "the corner bakery", "the tin mine", "the west orchard"),
                 lambda rng: _digits(rng, rng.randrange(4, 9)),
+                quoted=False,
             ),
             "city": _about(
                 "the birthplace of {key}",
                 ("Captain Rourke", "Doctor Amsel", "Sister Beatrix", "Judge Okafor", "Miss Tennant"),
-                lambda rng: rng.choice(("Lisbon", "Toronto", "Nairobi", "Helsinki", "Lima", "Osaka", "Tunis", "Bergen")),
+                lambda rng: rng.choice(
+                    ("Lisbon", "Toronto", "Nairobi", "Helsinki", "Lima", "Osaka", "Tunis", "Bergen")
+                ),
             ),
             "word": _about(
                 "the secret ingredient of {key}",
@@ -270,6 +287,7 @@ SPLITS = {
                 "the access number for {key}",
                 ("the north lighthouse", "the customs house", "the chart room", "the dry dock", "the signal tower"),
                 lambda rng: _digits(rng, 7),
+                quoted=False,
             ),
             "phrase": _about(
                 "the passphrase of {key}",
@@ -323,6 +341,7 @@ SPLITS = {
                 "the serial number of {key}",
                 ("the spare generator", "the snow plough", "the seismograph", "the cable car", "the dome motor"),
                 lambda rng: _digits(rng, 7),
+                quoted=False,
             ),
             "phrase": _about(
                 "the call sign of {key}",

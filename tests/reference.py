@@ -31,7 +31,7 @@ def default_model() -> PreTrainedModel:
 
     file = gguf.GGUFReader(resolve(DEFAULT_MODEL, progress=False))
     number = {name.removeprefix("llama."): field.contents() for name, field in file.fields.items()}
-    stored = {t.name: torch.from_numpy(gguf.dequantize(t.data, t.tensor_type)) for t in file.tensors}
+    stored = {t.name: torch.tensor(gguf.dequantize(t.data, t.tensor_type)) for t in file.tensors}
     config = LlamaConfig(
         vocab_size=number["vocab_size"],
         hidden_size=number["embedding_length"],
@@ -50,7 +50,10 @@ def default_model() -> PreTrainedModel:
         heads = rows.split(config.head_dim)
         return torch.cat([row for head in heads for row in (head[0::2], head[1::2])])
 
-    state = {"model.embed_tokens.weight": stored["token_embd.weight"], "model.norm.weight": stored["output_norm.weight"]}
+    state = {
+        "model.embed_tokens.weight": stored["token_embd.weight"],
+        "model.norm.weight": stored["output_norm.weight"],
+    }
     for i in range(config.num_hidden_layers):
         ours, theirs = f"blk.{i}", f"model.layers.{i}"
         state |= {
@@ -70,8 +73,12 @@ def default_model() -> PreTrainedModel:
 
 def greedy(model: PreTrainedModel, ids: list[int], max_new_tokens: int) -> list[int]:
     """What transformers generates after one prompt."""
-    out = model.generate(torch.tensor([ids]), max_new_tokens=max_new_tokens, do_sample=False)
-    return out[0, len(ids) :].tolist()
+    ids_BT = torch.tensor([ids])
+    # Without a mask it takes the padding id for padding wherever it stands.
+    out_BT = model.generate(
+        ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=max_new_tokens, do_sample=False
+    )
+    return out_BT[0, len(ids) :].tolist()
 
 
 def _without_stop(model: PreTrainedModel) -> PreTrainedModel:

@@ -26,7 +26,8 @@ def naive_window_attention(q_WND, k_HSD, positions_S, position_W, sliding=None):
             visible = [
                 s
                 for s in range(S)
-                if 0 <= positions_S[s] <= position_W[w] and (sliding is None or positions_S[s] > position_W[w] - sliding)
+                if 0 <= positions_S[s] <= position_W[w]
+                and (sliding is None or positions_S[s] > position_W[w] - sliding)
             ]
             logits = [float(q_WND[w, n].double() @ k_HSD[n // (N // H), s].double()) / math.sqrt(D) for s in visible]
             total = sum(math.exp(x - max(logits)) for x in logits)
@@ -52,7 +53,9 @@ def test_window_attention_is_the_formula(rows, group, heads, sliding):
     got = scorer(q, k, pos[:, None].expand(3, H, S), position, protected, sliding)
     for row, length in enumerate(lengths):
         first = max(0, W - length)
-        weights = naive_window_attention(q[row, first:], k[row], pos[row].tolist(), position[row, first:].tolist(), sliding)
+        weights = naive_window_attention(
+            q[row, first:], k[row], pos[row].tolist(), position[row, first:].tolist(), sliding
+        )
         per_query = weights.mean(0) if rows == "mean" else weights.amax(0)
         for h in range(H):
             members = per_query[h * (N // H) : (h + 1) * (N // H)]
@@ -113,7 +116,9 @@ shares = st.builds(
 
 
 @settings(max_examples=300, deadline=None)
-@given(shares, st.sampled_from([1.0, 1.001, 1.1, 1.5, 3, 100]), st.integers(0, 8), st.integers(0, 300), st.integers(1, 600))
+@given(
+    shares, st.sampled_from([1.0, 1.001, 1.1, 1.5, 3, 100]), st.integers(0, 8), st.integers(0, 300), st.integers(1, 600)
+)
 def test_head_budgets_are_exact(importance, beta, protected, free, prompt):
     L, H = importance.shape[0], 2
     budget = protected + free
@@ -176,12 +181,20 @@ def test_compat_is_the_published_arithmetic(beta, budget):
 
 @pytest.mark.parametrize(("budget", "prompt"), [(8, 100), (100, 8), (1, 1)])
 def test_uniform(budget, prompt):
-    assert Uniform()(budget=budget, prompt=prompt, num_layers=2, num_kv_heads=3).unique().tolist() == [min(budget, prompt)]
+    assert Uniform()(budget=budget, prompt=prompt, num_layers=2, num_kv_heads=3).unique().tolist() == [
+        min(budget, prompt)
+    ]
 
 
 @pytest.mark.parametrize(
     ("text", "kind", "amount"),
-    [(128, "tokens", 128), ("64", "tokens", 64), ("12.5%", "share", 0.125), ("100 %", "share", 1), ("64MiB", "bytes", 2**26)],
+    [
+        (128, "tokens", 128),
+        ("64", "tokens", 64),
+        ("12.5%", "share", 0.125),
+        ("100 %", "share", 1),
+        ("64MiB", "bytes", 2**26),
+    ],
 )
 def test_budgets_are_read(text, kind, amount):
     budget = parse_budget(text)
@@ -190,7 +203,11 @@ def test_budgets_are_read(text, kind, amount):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.text(max_size=12) | st.integers(max_value=0) | st.sampled_from(["0", "-1", "1.5", "101%", "0%", "1e3", "١٢", "nan", "5TB"]))
+@given(
+    st.text(max_size=12)
+    | st.integers(max_value=0)
+    | st.sampled_from(["0", "-1", "1.5", "101%", "0%", "1e3", "١٢", "nan", "5TB"])
+)
 def test_no_other_budget_is_read(text):
     try:
         budget = parse_budget(text)

@@ -69,7 +69,10 @@ def variants(name):
     return [name] if name in ("full", "streaming") else [name, f"{name}:preset=tuned", f"{name}:preset=published"]
 
 
-SPECS = [spec for name in method_names() for spec in variants(name)] + ["headkv:scores=r,beta=1.01", "headkv:compat=true"]
+SPECS = [spec for name in method_names() for spec in variants(name)] + [
+    "headkv:scores=r,beta=1.01",
+    "headkv:compat=true",
+]
 SMALL = "window=4,recent=4"
 
 
@@ -147,7 +150,9 @@ def test_budgets_are_promises(loaded, spec):
 
 
 def storage_tensors(cache):
-    return [t for name, t in vars(cache).items() if isinstance(t, torch.Tensor) and name not in ("_active_B", "_slot_C")]
+    return [
+        t for name, t in vars(cache).items() if isinstance(t, torch.Tensor) and name not in ("_active_B", "_slot_C")
+    ]
 
 
 @pytest.mark.parametrize("cache", method_names())
@@ -215,7 +220,9 @@ def test_decoding_equals_dense_attention_masked_to_the_kept_sets(spec, heads):
     lengths, T = [70, 25, 9], 70
     keep = torch.stack([method.allocator(budget=16, prompt=n, num_layers=1, num_kv_heads=H) for n in lengths])
     slots = int((keep + room).sum((1, 2)).max())
-    cache = ArenaCache(ArenaShape(batch=3, num_layers=1, num_kv_heads=H, head_dim=D, slots=slots, dtype=torch.float32), "cpu")
+    cache = ArenaCache(
+        ArenaShape(batch=3, num_layers=1, num_kv_heads=H, head_dim=D, slots=slots, dtype=torch.float32), "cpu"
+    )
     layer = torch.tensor([0])
     q, k, v = torch.randn(3, T + 50, N, D), torch.randn(3, T + 50, H, D), torch.randn(3, T + 50, H, D)
     prompt = PromptPass(cache, method, keep_BLH=keep, room=[room] * 3, new_tokens=lengths)
@@ -243,7 +250,9 @@ def test_decoding_equals_dense_attention_masked_to_the_kept_sets(spec, heads):
             for h in range(H):
                 held = stored[b][h]
                 if len(held) == int(cache.capacity[b, 0, h]):
-                    may_go = [p for p in held if p >= method.sinks and (method.ring_over_prompt or p not in prompt_sets[b][h])]
+                    may_go = [
+                        p for p in held if p >= method.sinks and (method.ring_over_prompt or p not in prompt_sets[b][h])
+                    ]
                     held.remove(min(may_go))
                 held.append(now)
                 visible = [p for p in held if p > now - sliding]

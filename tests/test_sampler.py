@@ -62,7 +62,9 @@ def test_random_numbers_are_exponential_and_independent():
     assert abs(float(torch.corrcoef(torch.stack((noise.flatten(), shifted.flatten())))[0, 1])) < 0.01
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}, {"min_p": 2.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}, {"min_p": 2.0}]
+)
 def test_wrong_settings_are_refused(wrong):
     with pytest.raises(ValueError, match="must be"):
         sample(torch.randn(1, 3), torch.tensor([0]), torch.tensor([0]), **{"temperature": 1.0, **wrong})

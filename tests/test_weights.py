@@ -517,8 +517,7 @@ def test_killed_conversion_leaves_nothing_that_counts(tmp_path: Path, private_ho
 # Memory
 
 PEAK = """
-import sys, torch
-from dataclasses import replace
+import gguf, sys, torch
 from pathlib import Path
 from checkpoints.weights import load_state
 sys.path.insert(0, "tests")
@@ -531,14 +530,9 @@ print(sum(tensor.nbytes for tensor in state.values()), max(tensor.nbytes for ten
 sys.stdin.readline()
 """
 BIG = replace(
-    CONFIG,
-    vocab_size=6000,
-    hidden_size=1024,
-    intermediate_size=2048,
-    num_layers=5,
-    head_dim=256,
+    CONFIG, vocab_size=4000, hidden_size=1024, intermediate_size=1024, num_layers=5, head_dim=256,
     layer_windows=(None,) * 5,
-)
+)  # fmt: skip
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's accounting of anonymous memory")
@@ -551,14 +545,15 @@ def test_peak_memory(tmp_path: Path, form: str) -> None:
         write_meta(path, state, BIG, shards=2)
     elif form == "gguf":
         path = tmp_path / "model.gguf"
-        write_gguf(path, state, BIG)
+        write_gguf(path, state, BIG, gguf.GGMLQuantizationType.Q8_0)
     else:
         write_hf(path, state, form)
     del state
 
-    with subprocess.Popen(
-        [sys.executable, "-c", PEAK, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as child:
+    # Give freed tensors back at once, else the allocator's own caching is measured too.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    command = [sys.executable, "-c", PEAK, str(path)]
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdin is not None and child.stdout is not None
         status = Path(f"/proc/{child.pid}/status")
 
@@ -578,11 +573,11 @@ def test_peak_memory(tmp_path: Path, form: str) -> None:
         model, largest = map(int, line.split())
         child.stdin.write("end\n")
         child.stdin.flush()
-    print(f"{form}: model {model >> 20}, largest {largest >> 20}, peak {peak - before >> 20} MiB")
     slack = 12 << 20  # the interpreter, libraries imported meanwhile
     assert model > 8 * largest and largest > slack
-    resident = 0 if form == "gguf" else model  # the conversion streams to disk, then is mapped
-    assert peak - before <= resident + 2 * largest + slack if form == "gguf" else resident + largest + slack
+    # The conversion streams to disk, one tensor as float32 beside its copy, and the result is mapped.
+    allowed = 2 * largest if form == "gguf" else model + largest
+    assert peak - before <= allowed + slack
 
 
 # What is wrong

@@ -62,7 +62,7 @@ def _main(argv: Sequence[str] | None) -> None:
 def _reply(args: argparse.Namespace, prompt: str) -> None:
     loaded = cli.load_model(args)
     ids = loaded.chat.encode([*opening(args.system), {"role": "user", "content": prompt}])
-    engine = cli.make_engine_for(args, loaded, ids)
+    engine = cli.make_engine(args, loaded, compiled=bool(args.compile), prompt=ids)
     answer = Answer(engine, ids, cli.sampling(args))
     show(answer)
     if answer.is_cut:
@@ -90,28 +90,24 @@ def _interact(args: argparse.Namespace) -> None:
 
 def _ready_engine(args: argparse.Namespace, loaded: Loaded) -> Engine:
     """The engine of a chat, already compiled where that is possible."""
-
-    def engine(*, compiled: bool) -> Engine:
-        return cli.make_engine(args, loaded, max_context=args.max_context, compiled=compiled)
-
     if args.compile is False:
-        return engine(compiled=False)
+        return cli.make_engine(args, loaded, compiled=False)
     if not cli.has_compiler():
         note("no C++ compiler: running uncompiled, which is slower; install g++, or silence this with --no-compile")
-        return engine(compiled=False)
-    compiled = engine(compiled=True)
+        return cli.make_engine(args, loaded, compiled=False)
+    engine = cli.make_engine(args, loaded, compiled=True)
     try:
         with cli.waiting("Compiling; later starts find this done"):
-            compiled.prefill([[0]])
-            compiled.step([0])
-            compiled.reset()
-        return compiled
+            engine.prefill([[0]])
+            engine.step([0])
+            engine.reset()
+        return engine
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
         if args.compile:
             raise ValueError(f"compiling failed ({reason}): repair the C++ compiler, or pass --no-compile") from error
         note(f"compiling failed ({reason}): running uncompiled, which is slower; --no-compile skips the attempt")
-        return engine(compiled=False)
+        return cli.make_engine(args, loaded, compiled=False)
 
 
 @contextmanager
@@ -266,7 +262,7 @@ class _Loop:
         note(f"({len(messages)} messages; the model reads them with your next one)")
 
     def _help(self, _: str) -> None:
-        for name, (_, summary) in self._commands.items():
+        for name, (_command, summary) in self._commands.items():
             print(f"{name:8} {summary}", file=sys.stderr)
         print("Ctrl-C   stop an answer", file=sys.stderr)
 

@@ -104,7 +104,7 @@ def _drop_unwritable_output() -> None:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; --help explains the options")
+        raise ValueError(f"{message}; see --help")
 
 
 def parser(program: str, description: str, examples: str) -> argparse.ArgumentParser:
@@ -175,8 +175,8 @@ def parser(program: str, description: str, examples: str) -> argparse.ArgumentPa
         "--max-new-tokens",
         type=_whole(1),
         metavar="N",
-        help=f"tokens per answer at most; room for them is reserved (default: {DEFAULT_MAX_NEW_TOKENS}, or a quarter of "
-        "a short context)",
+        help=f"tokens per answer at most; room for them is reserved (default: {DEFAULT_MAX_NEW_TOKENS}, or a quarter "
+        "of a short context)",
     )
     answer.add_argument(
         "--temperature",
@@ -350,42 +350,40 @@ def has_compiler() -> bool:
     return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")) is not None
 
 
-def answer_limit(args: argparse.Namespace, loaded: Loaded) -> int:
-    """Tokens that an answer may have."""
-    context = args.max_context or loaded.config.max_position
-    return args.max_new_tokens or min(DEFAULT_MAX_NEW_TOKENS, math.ceil(context / 4))
-
-
-def make_engine(args: argparse.Namespace, loaded: Loaded, *, max_context: int | None, compiled: bool) -> Engine:
-    """An engine as the options want it.
+def make_engine(
+    args: argparse.Namespace, loaded: Loaded, *, compiled: bool, prompt: Sequence[int] | None = None
+) -> Engine:
+    """An engine as the options want it: for the whole context, or for one prompt and its answer.
 
     Raises:
-        ValueError: see `zoo.engine.Engine`.
+        ValueError: the prompt does not fit into the context; also see `zoo.engine.Engine`.
     """
     from zoo.engine import Engine
 
+    trained = loaded.config.max_position
+    context = args.max_context or trained
+    if context > trained and not args.allow_overflow:
+        raise ValueError(
+            f"--max-context {context} is beyond the {trained} tokens that {loaded.name} was trained for: lower it, or "
+            "pass --allow-overflow"
+        )
+    limit = args.max_new_tokens or min(DEFAULT_MAX_NEW_TOKENS, math.ceil(context / 4))
+    if prompt is not None:
+        if args.max_context is not None:
+            check_fits(len(prompt), 0, limit, context, "raise --max-context")
+        elif not args.allow_overflow:
+            check_fits(len(prompt), 0, limit, context, "pass --allow-overflow")
+        context = len(prompt) + limit
     return Engine(
         loaded,
         cache=args.cache,
         budget=args.budget,
-        max_new_tokens=answer_limit(args, loaded),
-        max_context=max_context,
+        max_new_tokens=limit,
+        max_context=context,
         compile=compiled,
         importance=args.importance,
         allow_overflow=args.allow_overflow,
     )
-
-
-def make_engine_for(args: argparse.Namespace, loaded: Loaded, ids: Sequence[int]) -> Engine:
-    """An engine as large as one prompt and its answer need.
-
-    Raises:
-        ValueError: they are longer than the context; also see `zoo.engine.Engine`.
-    """
-    limit = answer_limit(args, loaded)
-    context = args.max_context or loaded.config.max_position
-    check_fits(len(ids), 0, limit, sys.maxsize if args.allow_overflow else context, "pass --allow-overflow")
-    return make_engine(args, loaded, max_context=len(ids) + limit, compiled=bool(args.compile))
 
 
 def check_fits(new: int, seen: int, limit: int, context: int, remedy: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,11 +44,11 @@ class Conversation:
         """The system prompt."""
         return self.messages[0]["content"] if self.messages and self.messages[0]["role"] == "system" else None
 
-    def ask(self, text: str) -> Iterator[str]:
+    def ask(self, text: str) -> Generator[str]:
         """Answer, piece by piece.
 
-        If the caller stops early, what was said until then is part of the conversation. If the answer is interrupted from
-        within, the cache is lost as well, and the next turn reads the whole conversation again.
+        If the caller stops early, what was said until then is part of the conversation. If an error or interrupt ends
+        the answer, the cache is lost as well, and the next turn reads the whole conversation again.
 
         Args:
             text: what the user says.
@@ -76,7 +76,7 @@ class Conversation:
         """What the cache lacks of a conversation."""
         engine, chat = self._engine, self._engine.loaded.chat
         seen = engine.tokens_seen[0]
-        ids = chat.continuation(asked) if seen else None
+        ids = chat.continuation(asked, self.messages[-1]["content"]) if seen else None
         if ids is not None:
             check_fits(len(ids), seen, engine.max_new_tokens, engine.max_context, "begin anew with /reset")
             return ids

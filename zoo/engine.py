@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,8 +118,8 @@ class Engine:
         weight = self.model.embed.weight
         self._device, self._dtype = weight.device, weight.dtype
         self._compile = compile
-        self._run_block = torch.compile(Block.forward, fullgraph=True) if compile else Block.forward
-        self._run_head = torch.compile(Decoder.logits, fullgraph=True) if compile else Decoder.logits
+        self._run_block = _compiled(Block.forward) if compile else Block.forward
+        self._run_head = _compiled(Decoder.logits) if compile else Decoder.logits
         self._allocate(batch)
         self.reset()
 
@@ -250,6 +250,11 @@ class Engine:
                 chunk_BV = self._take_in_chunk(rows)
                 has_new_B1 = torch.tensor([[bool(ids)] for ids in rows], device=self._device)
                 logits_BV = torch.where(has_new_B1, chunk_BV, logits_BV) if start else chunk_BV
+            if not logits_BV.isfinite().all():
+                raise ValueError(
+                    f"{self.loaded.name} computes numbers that are not finite: its weights are damaged, or "
+                    f"{str(self._dtype).removeprefix('torch.')} is too narrow for it (try another dtype)"
+                )
         except BaseException:
             self.reset()
             raise
@@ -412,6 +417,12 @@ class Engine:
             tokens_seen=list(self.tokens_seen),
             prefill=self._prefill,
         )
+
+
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    # Inductor would otherwise test-compile every vector extension in a process of its own: over half of a cold start.
+    compiled: Callable[..., Tensor] = torch.compile(function, fullgraph=True, options={"cpp.vec_isa_ok": True})
+    return compiled
 
 
 def _free_bytes(device: torch.device) -> int:

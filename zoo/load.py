@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from checkpoints import CheckpointError
 from checkpoints.config import ModelConfig, config_hash, load_config
-from checkpoints.importance import read_importance
+from checkpoints.importance import METHODS, read_importance
 from checkpoints.resolve import DEFAULT_MODEL, resolve
 
 # torch takes seconds to import: whoever only wants `--help` does not wait for it.
@@ -125,5 +125,6 @@ def head_importance(loaded: Loaded, path: str | Path | None = None) -> dict[str,
             f"no head importance ships for {loaded.name}: make a file with `python -m recipes.calibrate_heads "
             f"--model {loaded.name} --output importance.json`, then pass --importance importance.json"
         )
-    scores = read_importance(Path(path), config=loaded.config, tokenizer_hash=loaded.tokenizer.fingerprint())
-    return {kind: torch.tensor(entry.scores_LN) for kind, entry in scores.items()}
+    config, tokenizer_hash = loaded.config, loaded.tokenizer.fingerprint()
+    read = {kind: read_importance(Path(path), config=config, tokenizer_hash=tokenizer_hash, method=kind) for kind in METHODS}
+    return {kind: torch.tensor(scores.scores_LN) for kind, scores in read.items()}

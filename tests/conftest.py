@@ -1,0 +1,13 @@
+"""Fixtures that several test files share."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """On busy cores, tiny operators wait for each other's threads twenty times longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,265 @@
+"""The recipes compute what they say: scores as their formulas, replay as the engine, splits apart, command lines whole."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import recipes.calibrate_heads as calibrate_heads
+import recipes.eval_needles as eval_needles
+from checkpoints import CheckpointError, config_hash, read_importance
+from recipes.needles import SPLITS, TASKS, NeedlePrompt, make_prompt, make_prompts
+from recipes.replay import Record, answer_logits
+from tests import tiny
+from zoo import Engine, Loaded
+
+LENGTH = 200
+
+
+class Words:
+    """A tokenizer for tests: one id per word, digit or sign, and a space belongs to the word behind it."""
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        return [sum(piece.encode()) % 97 for piece in re.findall(r" ?[^\W\d]+|\s|.", text)]
+
+    def fingerprint(self) -> str:
+        return "words"
+
+
+CHAT = SimpleNamespace(
+    render=lambda messages: f"<user>{messages[0]['content']}<bot>", stop_ids=frozenset(), template_hash="none"
+)
+
+
+@pytest.fixture(scope="module", params=["llama", "mistral-window"])
+def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    family, _, feature = request.param.partition("-")
+    config = tiny.config_json(family, feature or "plain") | {"max_position_embeddings": 2 * LENGTH}
+    model = tiny.load(tiny.write(tmp_path_factory.mktemp(family), config))
+    return replace(model, name=family, tokenizer=Words(), chat=CHAT)
+
+
+@pytest.fixture
+def importance(loaded: Loaded, tmp_path: Path) -> Path:
+    """Scores that differ from head to head."""
+    torch.manual_seed(0)
+    table = torch.rand(loaded.config.num_layers, loaded.config.num_heads).tolist()
+    file = tmp_path / "importance.json"
+    file.write_text(
+        json.dumps(
+            {
+                "version": 1,
+                "model_id": loaded.name,
+                "config_hash": config_hash(loaded.config),
+                "tokenizer_hash": "words",
+                "methods": {kind: {"trials": 9, "scores": table} for kind in ("r", "r2")},
+            }
+        )
+    )
+    return file
+
+
+def prompt(split: str = "tune", task: str = "prose", kind: str = "code", **changes: Any) -> NeedlePrompt:
+    arguments = {"tokens": LENGTH, "depth": 0.5, "seed": "0"} | changes
+    return make_prompt(Words(), CHAT, split=split, task=task, kind=kind, **arguments)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("task", TASKS)
+def test_prompts_hold_the_needle_where_they_say(split: str, task: str) -> None:
+    for made in make_prompts(Words(), CHAT, split=split, task=task, tokens=LENGTH, count=10, seed=3):
+        assert LENGTH - 40 < len(made.ids) <= LENGTH
+        assert [made.ids[place] for place in made.gold] == made.value
+        assert made.ids[made.gold.start - 1] == made.lead[-1]
+        assert abs(made.gold.start / LENGTH - made.depth) < 0.5
+
+
+def test_prompts_depend_on_the_seed_alone() -> None:
+    assert prompt() == prompt()
+    assert prompt(seed="1").ids != prompt().ids
+
+
+def test_splits_share_no_text() -> None:
+    texts = [{*split.noise, *split.prose, *(w for words in split.words.values() for w in words)} for split in SPLITS.values()]
+    assert len(set().union(*texts)) == sum(map(len, texts))
+
+
+def test_a_prompt_that_is_too_short_says_what_is_needed() -> None:
+    with pytest.raises(ValueError, match=r"no room.*at least \d+"):
+        prompt(tokens=10)
+
+
+def test_scores_equal_a_naive_loop_over_the_formulas() -> None:
+    torch.manual_seed(1)
+    heads, steps, tokens, gold = 5, 4, 12, range(3, 7)
+    ids = torch.randint(0, 3, (tokens,))  # few different tokens, so that copies do happen
+    answer = ids[gold.start : gold.stop]
+    weight = torch.rand(heads, steps, tokens).pow(4)
+    weight[:, :, gold] *= 2
+    weight /= weight.sum(-1, keepdim=True)
+    r, r2 = [0.0] * heads, [0.0] * heads
+    for head in range(heads):
+        for step in range(steps):
+            ranked = sorted(range(tokens), key=lambda place: -float(weight[head, step, place]))
+            if ranked[0] in gold and ids[ranked[0]] == answer[step]:
+                r[head] += 1 / len(gold)
+            for place in ranked[: len(gold)]:
+                if place in gold:
+                    r2[head] += float(weight[head, step, place]) / len(gold)
+    found_r, found_r2 = calibrate_heads.retrieval_scores(weight, ids, answer, gold)
+    assert 0 < sum(r) < heads
+    torch.testing.assert_close(found_r, torch.tensor(r))
+    torch.testing.assert_close(found_r2, torch.tensor(r2))
+
+
+def test_a_trial_looks_at_the_attention_that_the_model_computes(loaded: Loaded) -> None:
+    """Rebuild every head's attention from the recorded queries and keys of a plain pass, row by row."""
+    made = prompt("calibrate")
+    trial = calibrate_heads.run_trial(loaded, made)
+    ids = made.ids + made.lead + made.value[:-1]
+    record = Record(loaded, ids, len(ids))
+    for layer, part in enumerate(record.layers):
+        group = loaded.config.num_heads // loaded.config.num_kv_heads
+        for head in range(loaded.config.num_heads):
+            rows = []
+            for row in range(len(ids) - len(made.value), len(ids)):
+                first = 0 if part.sliding is None else max(0, row + 1 - part.sliding)
+                keys = part.k_BHSD[0, head // group, first : row + 1]
+                weight = (keys @ part.q_BWND[0, row, head] / keys.shape[-1] ** 0.5).softmax(0)
+                rows.append(torch.cat((torch.zeros(first), weight, torch.zeros(len(ids) - row - 1))))
+            r, r2 = calibrate_heads.retrieval_scores(
+                torch.stack(rows)[None], torch.tensor(ids), torch.tensor(made.value), made.gold
+            )
+            torch.testing.assert_close(trial.r2_LN[layer, head], r2[0])
+            torch.testing.assert_close(trial.r_LN[layer, head], r[0])
+
+
+SPECS = ["headkv:window=16", "headkv:preset=published,beta=1.1,scores=r", "snapkv:window=8,recent=8", "streaming"]
+
+
+def test_replay_equals_the_engine(loaded: Loaded, importance: Path) -> None:
+    made = prompt()
+    record = Record(loaded, made.ids, 32)
+    answer = made.lead + made.value
+    settings = [("full", LENGTH), *((spec, budget) for spec in SPECS for budget in (12, 40))]
+    engines = [
+        Engine(loaded, cache=spec, budget=budget, max_new_tokens=len(answer), importance=importance)
+        for spec, budget in settings
+    ]
+    replayed = answer_logits(record, [(e.method, b) for e, (_, b) in zip(engines, settings, strict=True)], answer)
+    for engine, logits, (spec, budget) in zip(engines, replayed, settings, strict=True):
+        steps = [engine.prefill([made.ids]), *(engine.step([token]) for token in answer[:-1])]
+        torch.testing.assert_close(torch.cat(steps), logits, atol=1e-5, rtol=0, msg=lambda m, s=spec, b=budget: f"{s} {b}: {m}")
+    assert (replayed[0] - replayed[1]).abs().max() > 1e-3  # a small budget does change something
+
+
+@pytest.fixture
+def command_line(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> Loaded:
+    for module in (calibrate_heads, eval_needles):
+        monkeypatch.setattr(module, "load", lambda name, *, dtype, device: replace(loaded, name=name))
+    return loaded
+
+
+CALIBRATE = ["--model", "some", "--trials", "40", "--lengths", "150", "200", "--seed", "5", "--dtype", "float32"]
+
+
+def test_calibration_writes_a_file_that_the_engine_takes(
+    command_line: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The random model answers nothing, so here every trial counts."""
+    monkeypatch.setattr(calibrate_heads, "ACCEPTED_SHARE", 0.0)
+    files = [tmp_path / "one.json", tmp_path / "two.json"]
+    for file in files:
+        arguments = [*CALIBRATE, "--device", "cpu", "--threads", str(torch.get_num_threads()), "--output", str(file)]
+        assert calibrate_heads.main(arguments) == 0
+    assert "r2: 40 trials" in capsys.readouterr().out
+    texts = [file.read_text().replace(file.name, "") for file in files]
+    assert texts[0] == texts[1]
+    scores = read_importance(files[0], config=command_line.config, tokenizer_hash="words", method="r2")
+    assert scores.trials == 40 and scores.provenance["seed"] == 5 and "--trials 40" in scores.provenance["command"]
+    engine = Engine(command_line, cache="headkv:window=8", budget=16, importance=files[0])
+    engine.prefill([prompt().ids])
+    assert len(set(engine.stats().kept.flatten().tolist())) > 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ([], "answered only 0 plain questions in 40"),
+        (["--lengths", "5000"], "5000 tokens.*shorten"),
+        (["--lengths", "10"], "no room"),
+    ],
+)
+def test_calibration_that_cannot_work_says_why(
+    command_line: Loaded, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: list[str], message: str
+) -> None:
+    file = tmp_path / "scores.json"
+    assert calibrate_heads.main([*CALIBRATE, *changes, "--output", str(file)]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not file.exists()
+
+
+def test_evaluation_writes_rows_and_a_table(command_line: Loaded, importance: Path, tmp_path: Path) -> None:
+    output, table = tmp_path / "out.jsonl", tmp_path / "out.md"
+    arguments = [
+        *("--model", "some", "--split", "test", "--tasks", "noise", "prose", "--tokens", str(LENGTH), "--prompts", "3"),
+        *("--seed", "7", "--caches", "headkv:window=8", "snapkv:window=8,recent=8", "--budgets", "16", "24"),
+        *("--importance", str(importance), "--verify", "3", "--output", str(output), "--table", str(table)),
+        *("--dtype", "float32", "--device", "cpu", "--threads", str(torch.get_num_threads())),
+    ]
+    assert eval_needles.main(arguments) == 0
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(rows) == 2 * (1 + 2 * 2)
+    assert {row["seed"] for row in rows} == {7} and {len(row["hits"]) for row in rows} == {3}
+    for budget in (16, 24):
+        assert len({row["nbytes"] for row in rows if row["budget"] == budget}) == 1
+    assert all("--verify 3" in row["command"] and row["template_sha256"] == "none" for row in rows)
+    assert table.read_text().count("`headkv:window=8`") == 2 * 3
+
+
+def test_evaluation_refuses_unequal_bytes(command_line: Loaded, importance: Path, tmp_path: Path, capsys: Any) -> None:
+    output = tmp_path / "out.jsonl"
+    arguments = ["--caches", "headkv:window=8,beta=1.3,compat=true", "streaming", "--budgets", "17", "--tokens", str(LENGTH)]
+    assert eval_needles.main([*arguments, "--importance", str(importance), "--output", str(output)]) == 2
+    assert "different bytes" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_the_shipped_scores_are_those_of_the_default_model() -> None:
+    file = Path(__file__).parents[1] / "zoo" / "importance" / "smollm2-135m.json"
+    config = SimpleNamespace(num_layers=30, num_heads=9)
+    data = json.loads(file.read_text())
+    assert data["model_id"] == "smollm2-135m" and data["provenance"]["command"].startswith("python -m recipes.calibrate_heads")
+    for kind in ("r", "r2"):
+        table = data["methods"][kind]["scores"]
+        assert len(table) == config.num_layers and {len(row) for row in table} == {config.num_heads}
+        assert data["methods"][kind]["trials"] >= calibrate_heads.MIN_ACCEPTED
+    with pytest.raises(CheckpointError, match="another model"):
+        read_importance(file, config=tiny_config())
+
+
+def tiny_config() -> Any:
+    from checkpoints.config import ModelConfig, RopeConfig
+
+    return ModelConfig(
+        model_type="llama",
+        vocab_size=9,
+        hidden_size=8,
+        intermediate_size=16,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=4,
+        max_position=64,
+        rms_norm_eps=1e-5,
+        rope=RopeConfig(),
+        tie_embeddings=True,
+        layer_windows=(None,),
+    )
