@@ -102,7 +102,7 @@ class Chat:
 
     @cached_property
     def _look_alike(self) -> re.Pattern[str]:
-        special = self.tokenizer.special_tokens
+        special = [text for text in self.tokenizer.special_tokens if text]
         if not special:
             return re.compile(r"(?!)(.)")
         # The set of first characters makes the search fast; hundreds of alternatives alone would not be.
@@ -173,7 +173,7 @@ def load_chat(path: Path, tokenizer: Tokenizer, model_type: str) -> Chat:
         tokenizer=tokenizer,
         template=template,
         source=source,
-        template_hash="" if text is None else hashlib.sha256(text.encode()).hexdigest(),
+        template_hash="" if text is None else hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest(),
         stop_ids=frozenset(stop for stop in stops if stop is not None),
     )
 

@@ -114,9 +114,10 @@ def _byte_level_tokenizer(
         raise CheckpointError(f"{path} has the unknown pre-tokenizer {pre!r}: supported are {', '.join(_WORDS)}")
     words = _WORDS[pre]
     special = {text: i for i, text in enumerate(tokens) if types[i] == _CONTROL or i in (roles.bos, roles.eos)}
-    # Control tokens stay outside, so that no text can spell one.
-    vocabulary = {text: i for i, text in enumerate(tokens) if text not in special}
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
+    # Control tokens that no merge makes stay outside, so that no word of a text can be one.
+    made = {left + right for left, right in pairs}
+    vocabulary = {text: i for i, text in enumerate(tokens) if text not in special or text in made}
     try:
         library = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=words.whole))
     except Exception as error:  # the library has no error class of its own

@@ -56,7 +56,7 @@ class VocabTokenizer:
 
     @cached_property
     def _special_pattern(self) -> re.Pattern[str]:
-        longest_first = sorted(self.special_tokens, key=len, reverse=True)
+        longest_first = sorted(filter(None, self.special_tokens), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
     @cached_property

@@ -199,19 +199,20 @@ class RotaryEmbedding(nn.Module):
         self.attention_factor = attention_factor
         self.trained = trained
 
-    def forward(self, position_BT: Tensor, context: int = 0) -> tuple[Tensor, Tensor]:
+    def forward(self, position_BT: Tensor, context: int | Sequence[int] = 0) -> tuple[Tensor, Tensor]:
         """Angles of absolute positions.
 
         Args:
             position_BT: absolute positions.
-            context: tokens of the sequence, for scalings that depend on it; a conversation keeps its first one, since
-                stored keys have been turned already.
+            context: tokens of the sequence, or of each row's, for scalings that depend on it; a conversation keeps its
+                first one, since stored keys have been turned already.
 
         Returns:
             Cosine and sine, each (B, T, D / 2) fp32.
         """
-        frequencies_d = self._frequencies(context)
-        angle_BTd = position_BT[..., None].float() * frequencies_d
+        contexts = [context] if isinstance(context, int) else context
+        frequencies_B1d = torch.stack([self._frequencies(tokens) for tokens in contexts])[:, None]
+        angle_BTd = position_BT[..., None].float() * frequencies_B1d
         return angle_BTd.cos() * self.attention_factor, angle_BTd.sin() * self.attention_factor
 
     def _frequencies(self, context: int) -> Tensor:

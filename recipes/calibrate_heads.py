@@ -147,9 +147,9 @@ def calibration_prompts(loaded: Loaded, *, trials: int, lengths: list[int], seed
 
 
 def agreement(scores: list[Tensor]) -> float:
-    """Correlation between the mean scores of every other trial and of the rest."""
+    """Correlation between the mean scores of every other trial and of the rest; 0 where all scores are equal."""
     halves = torch.stack([torch.stack(scores[start::2]).mean(0).flatten() for start in (0, 1)])
-    return float(torch.corrcoef(halves)[0, 1])
+    return float(torch.corrcoef(halves)[0, 1].nan_to_num())
 
 
 def calibrate(loaded: Loaded, *, trials: int, lengths: list[int], seed: int, command: str) -> list[HeadImportance]:

@@ -302,6 +302,13 @@ SPLITS = {
                 ("the ship's doctor", "the boatswain", "the second engineer", "the purser", "the radio officer"),
                 lambda rng: f"{_letters(rng, 1)}{_digits(rng, 2)}-{_digits(rng, 3)}",
             ),
+            "list": _about(
+                "the standing order of {key}",
+                ("the sailmaker", "the ferry crew", "the lock keeper", "the dive school", "the salvage office"),
+                lambda rng: ", ".join(
+                    rng.sample(("twine", "brushes", "tar", "buckets", "canvas", "hooks", "soap", "chalk", "wax"), 5)
+                ),
+            ),
         },
     ),
     "test": Split(
@@ -355,6 +362,13 @@ SPLITS = {
                 "the permit code of {key}",
                 ("the ski school", "the quarry", "the film crew", "the beekeeper", "the mountain guide"),
                 lambda rng: f"{_digits(rng, 2)}{_letters(rng, 2)}{_digits(rng, 2)}",
+            ),
+            "list": _about(
+                "the packing list of {key}",
+                ("the geologist", "the mail runner", "the botany class", "the chess club", "the cave divers"),
+                lambda rng: ", ".join(
+                    rng.sample(("gloves", "lentils", "matches", "socks", "string", "cocoa", "batteries", "salt"), 5)
+                ),
             ),
         },
     ),

@@ -380,6 +380,17 @@ def test_no_continuation_when_the_template_rewrites_history(smollm2: Any, tmp_pa
     assert chat_of(tokenizer, tmp_path, last).continuation(messages, messages[1]["content"]) is None
 
 
+def test_no_continuation_where_an_answer_melts_into_what_follows(smollm2: Any, tmp_path: Path) -> None:
+    _, tokenizer, _ = smollm2
+    messages = [TURNS[1], {"role": "assistant", "content": "two cat"}, {"role": "user", "content": "Go"}]
+    for end, expected in (("s.", None), ("\n\nUser:", True)):
+        chat = chat_of(tokenizer, tmp_path, "{% for m in messages %}{{ m.content }}" + end + "{% endfor %}")
+        ids = chat.continuation(messages, "two cat")
+        assert ids == (
+            expected and chat.encode(messages)[len(tokenizer.encode(TURNS[1]["content"] + end + "two cat")) :]
+        )
+
+
 @pytest.mark.parametrize("messages", [TURNS[1:2], TURNS[1:3], [*TURNS[:2], TURNS[1]]])
 def test_only_an_answer_can_be_continued(messages: Any, smollm2: Any) -> None:
     with pytest.raises(ValueError, match="can be continued"):

@@ -1,4 +1,7 @@
-"""Our logits and greedy tokens are those that transformers gave; needs no transformers, see make_golden.py."""
+"""Our logits and greedy tokens are those that transformers gave: `pytest tests/test_golden.py` needs none of it.
+
+make_golden.py wrote them.
+"""
 
 import json
 from itertools import combinations

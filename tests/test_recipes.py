@@ -38,7 +38,7 @@ CHAT = SimpleNamespace(
 )
 
 
-@pytest.fixture(scope="module", params=["llama", "mistral-window"])
+@pytest.fixture(scope="module", params=["llama", "qwen2-window-mixed"])
 def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     family, _, feature = request.param.partition("-")
     config = tiny.config_json(family, feature or "plain") | {"max_position_embeddings": 2 * LENGTH}
@@ -226,7 +226,7 @@ def test_evaluation_writes_rows_and_a_table(command_line: Loaded, importance: Pa
 
 def test_evaluation_refuses_unequal_bytes(command_line: Loaded, importance: Path, tmp_path: Path, capsys: Any) -> None:
     output = tmp_path / "out.jsonl"
-    arguments = ["--caches", "headkv:window=8,beta=1.3,compat=true", "streaming", "--budgets", "17", "--tokens", str(LENGTH)]
+    arguments = ["--caches", "headkv:preset=published,beta=1.3,compat=true", "streaming", "--budgets", "25", "--tokens", str(LENGTH)]
     assert eval_needles.main([*arguments, "--importance", str(importance), "--output", str(output)]) == 2
     assert "different bytes" in capsys.readouterr().err
     assert not output.exists()

@@ -609,6 +609,18 @@ def test_gguf_default_kind_cuts_as_llama_cpp_defines_it(tmp_path: Path) -> None:
         assert tokenizer.encode(text) == [i for piece in pieces for i in library.encode(written(piece.encode())).ids]
 
 
+@pytest.mark.parametrize(("pre", "expected"), [("llama-bpe", [256]), ("tekken", [256]), ("qwen2", [97, 98, 99])])
+def test_whole_words_skip_merging_where_the_family_says_so(pre: str, expected: list[int], tmp_path: Path) -> None:
+    words = [chr(i) if chr(i) in "abcdefx" else f"<{i}>" for i in range(256)] + ["abc", "def", "ex"]
+    more = {"tokenizer_pre": pre, "token_merges": ["e x"], "bos_token_id": 258}
+    tokenizer = load_tokenizer(write_gguf(tmp_path / "a.gguf", "gpt2", words, [1] * 257 + [3, 1], **more))
+    assert tokenizer.encode("abc") == expected
+    # A control token that looks like a word is not one; a merge that makes one is kept, as the model was trained so.
+    assert tokenizer.encode("def") == [100, 101, 102]
+    assert tokenizer.encode("def", special=True) == [257]
+    assert tokenizer.encode("ex") == [258]
+
+
 # ---------------------------------------------------------------- fingerprint, speed, streams, bad input
 
 
@@ -723,7 +735,9 @@ DAMAGED: list[tuple[str, bytes | dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "content", "message"), DAMAGED, ids=str)
+@pytest.mark.parametrize(
+    ("name", "content", "message"), DAMAGED, ids=[f"{name}: {message}" for name, _, message in DAMAGED]
+)
 def test_damaged_files_are_refused_in_one_line(name: str, content: Any, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
     with pytest.raises(CheckpointError) as error:

@@ -106,6 +106,9 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; see --help")
 
+    def print_help(self, file: Any = None) -> None:
+        print(self.format_help(), end="", file=file)  # argparse's own says nothing when that fails
+
 
 def parser(program: str, description: str, examples: str) -> argparse.ArgumentParser:
     """A parser with the options of every command.

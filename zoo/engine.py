@@ -178,7 +178,7 @@ class Engine:
         """Forget the conversation; the memory stays allocated."""
         self.cache.reset()
         self.tokens_seen = [0] * self.cache.shape.batch
-        self._context = 0
+        self._context = [0] * self.cache.shape.batch
         self._prefill = "whole"
         self._pending: list[list[int]] = [[] for _ in self.tokens_seen]
 
@@ -200,7 +200,7 @@ class Engine:
         if len(prompts) != self.cache.shape.batch:
             self._allocate(len(prompts))
         self.reset()
-        self._context = max(map(len, prompts))
+        self._context = list(map(len, prompts))
         return self._take_in(prompts)
 
     @torch.inference_mode()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +73,7 @@ class Decoder(nn.Module):
         position_BT: Tensor,
         cache: KVCache,
         *,
-        context: int,
+        context: int | Sequence[int],
         run_block: Callable[..., Tensor] = Block.forward,
     ) -> Tensor:
         """Hidden states after the last block, before the final norm.
@@ -82,7 +82,7 @@ class Decoder(nn.Module):
             ids_BT: token ids.
             position_BT: their absolute positions.
             cache: stores keys and values and attends.
-            context: tokens of the sequence, for RoPE scalings that depend on it.
+            context: tokens of the sequence, or of each row's, for RoPE scalings that depend on it.
             run_block: how a block is called, e.g. a compiled `Block.forward`.
 
         Returns:

@@ -125,6 +125,6 @@ def head_importance(loaded: Loaded, path: str | Path | None = None) -> dict[str,
             f"no head importance ships for {loaded.name}: make a file with `python -m recipes.calibrate_heads "
             f"--model {loaded.name} --output importance.json`, then pass --importance importance.json"
         )
-    config, tokenizer_hash = loaded.config, loaded.tokenizer.fingerprint()
-    read = {kind: read_importance(Path(path), config=config, tokenizer_hash=tokenizer_hash, method=kind) for kind in METHODS}
-    return {kind: torch.tensor(scores.scores_LN) for kind, scores in read.items()}
+    tokenizer_hash = loaded.tokenizer.fingerprint()
+    read = [read_importance(Path(path), config=loaded.config, tokenizer_hash=tokenizer_hash, method=m) for m in METHODS]
+    return {scores.method: torch.tensor(scores.scores_LN) for scores in read}
