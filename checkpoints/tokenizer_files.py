@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,23 +67,27 @@ class Roles:
     control: frozenset[str]
     added: Mapping[str, int]
 
-    def ids(self, path: Path, known: Mapping[str, int]) -> tuple[int | None, int | None]:
+    def ids(self, path: Path, control: Mapping[str, int], size: int) -> tuple[int | None, int | None]:
         """Ids of BOS and EOS.
 
         Args:
             path: of the vocabulary, for the message.
-            known: ids of the control tokens.
+            control: ids of its control tokens.
+            size: of the vocabulary.
 
         Raises:
             CheckpointError: the vocabulary has no such token.
         """
-        for token in (self.bos, self.eos):
-            if isinstance(token, str) and token not in known:
+
+        def checked(token: str | int | None) -> int | None:
+            token_id = control.get(token) if isinstance(token, str) else token
+            if token is not None and (token_id is None or not 0 <= token_id < size):
                 raise CheckpointError(
-                    f"{path} lacks {token!r}, which tokenizer_config.json names: get both files again"
+                    f"{path} lacks the token {token!r} that its config makes BOS or EOS: get both again"
                 )
-        bos, eos = (known[token] if isinstance(token, str) else token for token in (self.bos, self.eos))
-        return bos, eos
+            return token_id
+
+        return checked(self.bos), checked(self.eos)
 
 
 def read_roles(folder: Path) -> Roles:

@@ -16,9 +16,10 @@ from checkpoints.tokenizer_files import Roles
 from checkpoints.tokenizer_hf import TokenizersEncoder, byte_level_bytes
 from checkpoints.tokenizer_sentencepiece import serialise_model, tokenizer_of_model
 from checkpoints.tokenizer_tiktoken import LLAMA3_PATTERN, QWEN_PATTERN
-from checkpoints.tokenizer_vocab import VocabTokenizer, table
+from checkpoints.tokenizer_vocab import VocabTokenizer
 
-_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # types of tokens
+_TYPES = {1, 2, 3, 4, 5, 6}  # of tokens, as sentencepiece numbers them
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +73,9 @@ def read_gguf_tokenizer(path: Path) -> VocabTokenizer:
             raise CheckpointError(f"{path} has no usable tokenizer.ggml.{name}: convert the model again")
         return value
 
+    def optional(name: str, kind: type) -> Any:
+        return entry(name, kind) if f"tokenizer.ggml.{name}" in metadata else None
+
     def texts(name: str) -> list[str]:
         values: list[str] = entry(name, list)
         try:
@@ -83,24 +87,31 @@ def read_gguf_tokenizer(path: Path) -> VocabTokenizer:
     kind, tokens = entry("model", str), texts("tokens")
     ids = range(len(tokens))
     types = entry("token_type", list, [1] * len(ids))
-    bos, eos = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos"))
-    if len(types) != len(ids) or not all(token is None or token in ids for token in (bos, eos)):
+    if len(types) != len(ids) or not set(types) <= _TYPES:
         raise CheckpointError(
-            f"{path} has {len(ids)} tokens, {len(types)} types of tokens, BOS {bos} and EOS {eos}, which do not fit "
-            "together: get the file again"
+            f"{path} has {len(ids)} tokens and {len(types)} types, not all 1 to 6: get the file again"
         )
-    adds_bos = metadata.get("tokenizer.ggml.add_bos_token")
-    roles = Roles(bos=bos, eos=eos, adds_bos=adds_bos, control=frozenset(), added={})
+    roles = Roles(
+        bos=optional("bos_token_id", int),
+        eos=optional("eos_token_id", int),
+        adds_bos=optional("add_bos_token", bool),
+        control=frozenset(),
+        added={},
+    )
     if kind == "gpt2":
         return _byte_level_tokenizer(path, tokens, types, texts("merges"), entry("pre", str), roles)
     if kind != "llama":
         raise CheckpointError(f"{path} has a vocabulary of the kind {kind!r}: supported are gpt2 and llama")
 
-    scores = entry("scores", list)
+    scores, unknown_id = entry("scores", list), entry("unknown_token_id", int, 0)
+    if len(scores) != len(ids) or not all(isinstance(score, float) for score in scores) or unknown_id not in ids:
+        raise CheckpointError(
+            f"{path} has {len(ids)} tokens, {len(scores)} scores and the unknown token {unknown_id}: get the file again"
+        )
     if _UNKNOWN not in types:  # some converters call it a control token
-        types[entry("unknown_token_id", int, 0)] = _UNKNOWN
+        types[unknown_id] = _UNKNOWN
     model = serialise_model(
-        zip(tokens, scores, types, strict=False),
+        zip(tokens, scores, types, strict=True),
         prefix_space=entry("add_space_prefix", bool, True),
         squeeze_spaces=entry("remove_extra_whitespaces", bool, False),
     )
@@ -131,11 +142,10 @@ def _byte_level_tokenizer(
     library.add_tokens([tokenizers.AddedToken(text, special=False, normalized=False) for text in own])
 
     raw = {*special, *own}
-    pieces = {i: text.encode() if text in raw else byte_level_bytes(text) for i, text in enumerate(tokens)}
-    bos_id, eos_id = roles.ids(path, special)
+    bos_id, eos_id = roles.ids(path, special, len(tokens))
     return VocabTokenizer(
         encoder=TokenizersEncoder(library, library),
-        pieces=table(path, pieces),
+        pieces=[text.encode() if text in raw else byte_level_bytes(text) for text in tokens],
         special_tokens=special,
         bos_id=bos_id,
         eos_id=eos_id,

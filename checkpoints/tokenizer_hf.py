@@ -80,11 +80,12 @@ def read_tokenizer_json(path: Path) -> VocabTokenizer:
     added, vocabulary = start.get_added_tokens_decoder(), start.get_vocab(with_added_tokens=True)
     special = {text: i for text, i in {**roles.added, **vocabulary}.items() if text in roles.control}
     special |= {token.content: i for i, token in added.items() if token.special}
-    pieces = {i: to_bytes(text) for text, i in vocabulary.items()}
-    pieces |= {i: token.content.encode() for i, token in added.items()}
-    pieces |= {i: text.encode() for text, i in special.items()}
+    words = {i: to_bytes(text) for text, i in vocabulary.items()}
+    words |= {i: token.content.encode() for i, token in added.items()}
+    words |= {i: text.encode() for text, i in special.items()}
+    pieces = table(path, words)
 
-    bos_id, eos_id = roles.ids(path, special)
+    bos_id, eos_id = roles.ids(path, special, len(pieces))
     template = start.encode("").ids  # what the file itself puts around a text
     if bos_id is None and template:
         bos_id = template[0]
@@ -92,7 +93,7 @@ def read_tokenizer_json(path: Path) -> VocabTokenizer:
     merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
     return VocabTokenizer(
         encoder=TokenizersEncoder(start, inner),
-        pieces=table(path, pieces),
+        pieces=pieces,
         special_tokens=special,
         bos_id=bos_id,
         eos_id=eos_id,
@@ -113,8 +114,9 @@ def _library_tokenizer(path: Path, data: bytes, control: Iterable[str]) -> token
     tokenizer.no_truncation()
     tokenizer.no_padding()
     # A token is a control token when any of the files says so.
-    known = [text for text in control if tokenizer.token_to_id(text) is not None]
-    tokenizer.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in known])
+    marked = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+    more = [text for text in control if text not in marked and tokenizer.token_to_id(text) is not None]
+    tokenizer.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in more])
     tokenizer.encode_special_tokens = True  # look-alikes stay text: we cut at control tokens ourselves
     return tokenizer
 

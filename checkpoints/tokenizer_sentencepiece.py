@@ -83,22 +83,22 @@ def tokenizer_of_model(path: Path, model: bytes, roles: Roles) -> VocabTokenizer
     texts: list[str] = processor.id_to_piece(list(ids))
     special = {texts[i]: i for i in ids if processor.IsControl(i) or processor.IsUnknown(i)}
     special |= {**{text: i for i, text in enumerate(texts) if text in roles.control}, **roles.added}
-    pieces = {i: spaced_bytes(text) for i, text in enumerate(texts)}
-    pieces |= {i: text.encode() for text, i in special.items()}
+    words = {i: spaced_bytes(text) for i, text in enumerate(texts)} | {i: text.encode() for text, i in special.items()}
+    pieces = table(path, words)
 
-    bos_id, eos_id = roles.ids(path, special)
+    bos_id, eos_id = roles.ids(path, special, len(pieces))
     if bos_id is None and processor.bos_id() >= 0:
         bos_id = processor.bos_id()
     if eos_id is None and processor.eos_id() >= 0:
         eos_id = processor.eos_id()
     return VocabTokenizer(
         encoder=SentencePieceEncoder(processor),
-        pieces=table(path, pieces),
+        pieces=pieces,
         special_tokens=special,
         bos_id=bos_id,
         eos_id=eos_id,
         adds_bos=bos_id is not None and roles.adds_bos is not False,
-        strips_space=processor.encode("a", out_type=str)[0].startswith("▁"),
+        strips_space="".join(processor.encode("a", out_type=str)).startswith("▁"),
         rules=struct.pack(f"<{len(ids)}f", *processor.get_score(list(ids))),
     )
 

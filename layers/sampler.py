@@ -21,7 +21,8 @@ def sample(
     """Sample one token per row; every row has a random stream of its own.
 
     The random numbers are a hash of (seed, position, token), so a row's choice does not depend on the batch around it
-    and a seed repeats a text. Filters apply in the order temperature, top-k, top-p, min-p. Nothing waits for the device.
+    and a seed repeats a text. Filters apply in the order temperature, top-k, top-p, min-p. Nothing waits for the
+    device.
 
     Args:
         logits_BV: scores of the next token.

@@ -9,6 +9,7 @@ It builds a Llama-shaped model, takes the prompt into an arena cache with SnapKV
 import sys
 
 import torch
+from torch import Tensor, nn
 
 from checkpoints.config import load_config
 from checkpoints.resolve import resolve
@@ -17,6 +18,7 @@ from checkpoints.weights import load_state
 from layers.attention import Attention
 from layers.block import Block
 from layers.cache.arena import ArenaCache
+from layers.cache.base import KVCache
 from layers.cache.prompt import PromptPass
 from layers.embedding import Embedding
 from layers.linear import linear
@@ -33,8 +35,8 @@ def main(text: str, new_tokens: int = 32, budget: int = 64) -> str:
     path = resolve("smollm2-135m")
     c, tokenizer = load_config(path), load_tokenizer(path)
     L, N, H, D, E = c.num_layers, c.num_heads, c.num_kv_heads, c.head_dim, c.hidden_size
-    model = torch.nn.ModuleDict({"embed": Embedding(c.vocab_size, E), "norm": RMSNorm(E, eps=c.rms_norm_eps)})
-    model["blocks"] = torch.nn.ModuleList(
+    embed, norm = Embedding(c.vocab_size, E), RMSNorm(E, eps=c.rms_norm_eps)
+    blocks = [
         Block(
             Attention(E, num_heads=N, num_kv_heads=H, head_dim=D, layer=layer),
             GatedMLP(E, c.intermediate_size),
@@ -42,7 +44,8 @@ def main(text: str, new_tokens: int = 32, budget: int = 64) -> str:
             eps=c.rms_norm_eps,
         )
         for layer in range(L)
-    )
+    ]
+    model = nn.ModuleDict({"embed": embed, "blocks": nn.ModuleList(blocks), "norm": norm})
     model.load_state_dict(load_state(path, c, dtype=torch.float32), assign=True)
     rope = RotaryEmbedding(default_frequencies(D, c.rope.theta))
 
@@ -52,11 +55,11 @@ def main(text: str, new_tokens: int = 32, budget: int = 64) -> str:
     shape = ArenaShape(batch=1, num_layers=L, num_kv_heads=H, head_dim=D, slots=slots, dtype=torch.float32)
     cache = ArenaCache(shape, "cpu")
 
-    def next_token(ids_T, position_BT, attend):
-        x_BTE, rotation = model["embed"](torch.tensor([ids_T])), rope(position_BT)
-        for block in model["blocks"]:
+    def next_token(ids_T: list[int], position_BT: Tensor, attend: KVCache) -> int:
+        x_BTE, rotation = embed(torch.tensor([ids_T])), rope(position_BT)
+        for block in blocks:
             x_BTE = block(x_BTE, rotation, attend)
-        return int(linear(model["norm"](x_BTE[:, -1]), model["embed"].weight).argmax())
+        return int(linear(norm(x_BTE[:, -1]), embed.weight).argmax())
 
     method = build_method("snapkv:preset=tuned")
     prompt = PromptPass(cache, method, keep_BLH=keep_BLH, room=[new_tokens], new_tokens=[len(ids)])

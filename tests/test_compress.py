@@ -175,7 +175,7 @@ def test_compat_is_the_published_arithmetic(beta, budget):
     q = b // beta
     pool, floor = q * 30, b - q
     for i, score in enumerate(scores):
-        want = int(round(score / math.fsum(scores) * pool + floor))
+        want = round(score / math.fsum(scores) * pool + floor)
         assert int(cap.flatten()[i]) == min(want, 4000 - 8) + 8
 
 

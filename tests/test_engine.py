@@ -96,7 +96,7 @@ def test_a_budget_that_holds_everything_changes_nothing(spec, windows):
             close(logits[row], dense(loaded, text))
         for _ in range(4):
             new = logits.argmax(-1)
-            texts = [text + [int(token)] for text, token in zip(texts, new, strict=True)]
+            texts = [[*text, int(token)] for text, token in zip(texts, new, strict=True)]
             logits = engine.step(new)
         for row, text in enumerate(texts):
             close(logits[row], dense(loaded, text))

@@ -1,4 +1,4 @@
-"""The recipes compute what they say: scores as their formulas, replay as the engine, splits apart, command lines whole."""
+"""Recipes compute what they say: scores as the formulas, replay as the engine; splits stay apart; every flag works."""
 
 from __future__ import annotations
 
@@ -87,7 +87,9 @@ def test_prompts_depend_on_the_seed_alone() -> None:
 
 
 def test_splits_share_no_text() -> None:
-    texts = [{*split.noise, *split.prose, *(w for words in split.words.values() for w in words)} for split in SPLITS.values()]
+    texts = [
+        {*split.noise, *split.prose, *(w for words in split.words.values() for w in words)} for split in SPLITS.values()
+    ]
     assert len(set().union(*texts)) == sum(map(len, texts))
 
 
@@ -156,7 +158,9 @@ def test_replay_equals_the_engine(loaded: Loaded, importance: Path) -> None:
     replayed = answer_logits(record, [(e.method, b) for e, (_, b) in zip(engines, settings, strict=True)], answer)
     for engine, logits, (spec, budget) in zip(engines, replayed, settings, strict=True):
         steps = [engine.prefill([made.ids]), *(engine.step([token]) for token in answer[:-1])]
-        torch.testing.assert_close(torch.cat(steps), logits, atol=1e-5, rtol=0, msg=lambda m, s=spec, b=budget: f"{s} {b}: {m}")
+        torch.testing.assert_close(
+            torch.cat(steps), logits, atol=1e-5, rtol=0, msg=lambda m, s=spec, b=budget: f"{s} {b}: {m}"
+        )
     assert (replayed[0] - replayed[1]).abs().max() > 1e-3  # a small budget does change something
 
 
@@ -226,7 +230,15 @@ def test_evaluation_writes_rows_and_a_table(command_line: Loaded, importance: Pa
 
 def test_evaluation_refuses_unequal_bytes(command_line: Loaded, importance: Path, tmp_path: Path, capsys: Any) -> None:
     output = tmp_path / "out.jsonl"
-    arguments = ["--caches", "headkv:preset=published,beta=1.3,compat=true", "streaming", "--budgets", "25", "--tokens", str(LENGTH)]
+    arguments = [
+        "--caches",
+        "headkv:preset=published,beta=1.3,compat=true",
+        "streaming",
+        "--budgets",
+        "25",
+        "--tokens",
+        str(LENGTH),
+    ]
     assert eval_needles.main([*arguments, "--importance", str(importance), "--output", str(output)]) == 2
     assert "different bytes" in capsys.readouterr().err
     assert not output.exists()
@@ -236,7 +248,9 @@ def test_the_shipped_scores_are_those_of_the_default_model() -> None:
     file = Path(__file__).parents[1] / "zoo" / "importance" / "smollm2-135m.json"
     config = SimpleNamespace(num_layers=30, num_heads=9)
     data = json.loads(file.read_text())
-    assert data["model_id"] == "smollm2-135m" and data["provenance"]["command"].startswith("python -m recipes.calibrate_heads")
+    assert data["model_id"] == "smollm2-135m" and data["provenance"]["command"].startswith(
+        "python -m recipes.calibrate_heads"
+    )
     for kind in ("r", "r2"):
         table = data["methods"][kind]["scores"]
         assert len(table) == config.num_layers and {len(row) for row in table} == {config.num_heads}

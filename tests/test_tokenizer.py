@@ -137,11 +137,10 @@ def merges_of(ranks: Mapping[str, float]) -> list[tuple[str, str]]:
     return merges
 
 
-def write_gguf(path: Path, model: str, tokens: Sequence[str], types: Sequence[int], **more: Any) -> Path:
+def write_gguf(path: Path, model: str, tokens: Sequence[str], **more: Any) -> Path:
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tokenizer_model(model)
     writer.add_token_list(list(tokens))
-    writer.add_token_types(list(types))
     for name, value in more.items():
         getattr(writer, f"add_{name}")(value)
     writer.write_header_to_file()
@@ -291,12 +290,13 @@ def byte_level_gguf(pre: str, folder: Path) -> Case:
     tokens = [*map(written, ranks), *special]
     writer_calls = {
         "tokenizer_pre": pre,
+        "token_types": [1] * len(ranks) + [3] * len(special),
         "token_merges": [" ".join(pair) for pair in merges_of({written(word): rank for word, rank in ranks.items()})],
         "bos_token_id": special["<s>"],
         "eos_token_id": special["</s>"],
     }
     path = folder / f"{pre}.gguf"
-    write_gguf(path, "gpt2", tokens, [1] * len(ranks) + [3] * len(special), **writer_calls)
+    write_gguf(path, "gpt2", tokens, **writer_calls)
     encoding = tiktoken.Encoding(pre, pat_str=regex(), mergeable_ranks=ranks, special_tokens=special)
     return Case(path=path, normal=normal, **tiktoken_reference(encoding, normal))
 
@@ -372,9 +372,14 @@ def piece_types(processor: sentencepiece.SentencePieceProcessor) -> list[int]:
 def mistral_gguf(version: str, folder: Path) -> Case:
     processor = mistral_processor(version)
     ids = list(range(processor.get_piece_size()))
-    more = {"token_scores": processor.get_score(ids), "bos_token_id": 1, "eos_token_id": 2}
+    more = {
+        "token_types": piece_types(processor),
+        "token_scores": processor.get_score(ids),
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     path = folder / f"mistral-{version}.gguf"
-    write_gguf(path, "llama", processor.id_to_piece(ids), piece_types(processor), **more)
+    write_gguf(path, "llama", processor.id_to_piece(ids), **more)
     return Case(path=path, reference=processor.encode, normal=spaced)
 
 
@@ -546,7 +551,7 @@ SETTINGS: list[tuple[dict[str, Any], dict[str, Any], tuple[int | None, int | Non
         (None, 258),
     ),
     ({"added_tokens_decoder": {"258": {"content": "</s>", "special": True}}}, {"eos_token_id": 258}, (None, 258)),
-    ({"additional_special_tokens": [{"content": "</s>"}]}, {"eos_token_id": 258}, (None, 258)),
+    ({"additional_special_tokens": [{"content": "</s>"}, "<mask>"]}, {"eos_token_id": 258}, (None, 258)),
 ]
 
 
@@ -558,6 +563,7 @@ def test_every_form_of_tokenizer_config(settings: Any, config: Any, expected: An
     # A file that calls </s> a control token makes it one, although tokenizer.json does not.
     assert (258 in tokenizer.encode("</s>")) == (not settings)
     assert tokenizer.encode("a </s>", special=True)[-1] == 258
+    assert tokenizer.encode("a <mask> b", special=True) == [97, 259, 98]  # whose flags stay as they were
 
 
 def test_control_tokens_swallow_white_space_as_their_flags_say(tmp_path: Path) -> None:
@@ -595,7 +601,7 @@ def test_gguf_default_kind_cuts_as_llama_cpp_defines_it(tmp_path: Path) -> None:
     words = [*BYTE_CHARACTERS, *map(written, [b"12", b"123", b"1234", b"ab", b" 1", b"!!", b"!=", b" !"])]
     merges = merges_of({word: rank for rank, word in enumerate(words)})
     more = {"tokenizer_pre": "default", "token_merges": [" ".join(pair) for pair in merges]}
-    tokenizer = load_tokenizer(write_gguf(tmp_path / "default.gguf", "gpt2", words, [1] * len(words), **more))
+    tokenizer = load_tokenizer(write_gguf(tmp_path / "default.gguf", "gpt2", words, **more))
     library = byte_bpe({word: rank for rank, word in enumerate(words)}, merges, whole=False)
 
     def cut(pieces: list[str], pattern: str) -> list[str]:
@@ -612,8 +618,8 @@ def test_gguf_default_kind_cuts_as_llama_cpp_defines_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("pre", "expected"), [("llama-bpe", [256]), ("tekken", [256]), ("qwen2", [97, 98, 99])])
 def test_whole_words_skip_merging_where_the_family_says_so(pre: str, expected: list[int], tmp_path: Path) -> None:
     words = [chr(i) if chr(i) in "abcdefx" else f"<{i}>" for i in range(256)] + ["abc", "def", "ex"]
-    more = {"tokenizer_pre": pre, "token_merges": ["e x"], "bos_token_id": 258}
-    tokenizer = load_tokenizer(write_gguf(tmp_path / "a.gguf", "gpt2", words, [1] * 257 + [3, 1], **more))
+    more = {"tokenizer_pre": pre, "token_merges": ["e x"], "bos_token_id": 258, "token_types": [1] * 257 + [3, 1]}
+    tokenizer = load_tokenizer(write_gguf(tmp_path / "a.gguf", "gpt2", words, **more))
     assert tokenizer.encode("abc") == expected
     # A control token that looks like a word is not one; a merge that makes one is kept, as the model was trained so.
     assert tokenizer.encode("def") == [100, 101, 102]
@@ -750,7 +756,8 @@ def test_damaged_files_are_refused_in_one_line(name: str, content: Any, message:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"bos_token": "<absent>"}, "lacks '<absent>', which tokenizer_config.json names"),
+        ({"bos_token": "<absent>"}, "lacks the token '<absent>' that its config makes BOS or EOS"),
+        ({"bos_token": "\ud800"}, "lacks the token"),
         ({"added_tokens_decoder": {"x": {"content": "</s>"}}}, "malformed added_tokens_decoder"),
         ({"added_tokens_decoder": {"1": "</s>"}}, "malformed added_tokens_decoder"),
         ({"added_tokens_decoder": {str(10**9): {"content": "<x>", "special": True}}}, "ids up to 1000000000"),
@@ -769,16 +776,58 @@ GGUFS: list[tuple[str, dict[str, Any], str]] = [
     ("gpt2", {key: value for key, value in GOOD.items() if key != "tokenizer_pre"}, "no usable tokenizer.ggml.pre"),
     ("gpt2", {key: value for key, value in GOOD.items() if key != "token_merges"}, "no usable tokenizer.ggml.merges"),
     ("gpt2", GOOD, "unusable merges"),  # there is no token "ab"
-    ("gpt2", {**GOOD, "bos_token_id": 257}, "BOS 257"),
+    ("gpt2", {**GOOD, "bos_token_id": 257}, "lacks the token 257"),
+    ("gpt2", {**GOOD, "token_types": [1] * 256}, "256 types"),
+    ("gpt2", {**GOOD, "token_types": [1] * 256 + [9]}, "not all 1 to 6"),
     ("bert", GOOD, "supported are gpt2 and llama"),
     ("llama", {}, "no usable tokenizer.ggml.scores"),
+    ("llama", {"token_scores": [0.0] * 256}, "256 scores"),
+    ("llama", {"token_scores": [0.0] * 257, "unk_token_id": 300}, "unknown token 300"),
     ("llama", {"token_scores": [0.0] * 257}, "holds no sentencepiece model"),  # it lacks the byte tokens
 ]
 
 
 @pytest.mark.parametrize(("model", "more", "message"), GGUFS)
 def test_gguf_vocabularies_of_other_kinds_are_refused(model: str, more: Any, message: str, tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "bad.gguf", model, WORDS, [1] * 256 + [3], **more)
+    path = write_gguf(tmp_path / "bad.gguf", model, WORDS, **{"token_types": [1] * 256 + [3], **more})
     with pytest.raises(CheckpointError, match=message) as error:
         load_tokenizer(path)
     assert one_line(error)
+
+
+def test_a_nameless_control_token_is_never_found_in_a_text(tmp_path: Path) -> None:
+    words = [*BYTE_CHARACTERS, ""]
+    more = {"tokenizer_pre": "smollm", "token_types": [1] * 256 + [3], "token_merges": ["a b"]}
+    words[255] = "ab"
+    tokenizer = load_tokenizer(write_gguf(tmp_path / "a.gguf", "gpt2", words, **more))
+    assert tokenizer.encode("abc", special=True) == tokenizer.encode("abc") == [255, 99]
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_damaged_gguf_vocabularies_never_escape_as_other_errors(data: st.DataObject, tmp_path_factory: Any) -> None:
+    values: Any = st.sampled_from(
+        [None, -1, 0, 3, 300, 1.5, True, "x", "llama", "gpt2", [], [0.5], ["a"], [-1], [3] * 3]
+    )
+    good = {"model": "gpt2", "tokens": ["a", "b", "ab"], "merges": ["a b"], "pre": "qwen2", "token_type": [1, 1, 1]}
+    good |= {"scores": [0.0] * 3, "bos_token_id": 1, "add_bos_token": True}
+    names = st.sampled_from([*good, "eos_token_id", "unknown_token_id", "add_space_prefix"])
+    changed = {**good, **data.draw(st.dictionaries(names, values, max_size=3))}
+    path = tmp_path_factory.getbasetemp() / "fuzz.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    for name, value in changed.items():
+        add = {bool: writer.add_bool, int: writer.add_int32, float: writer.add_float32, str: writer.add_string}
+        if isinstance(value, list):
+            writer.add_array(f"tokenizer.ggml.{name}", value)
+        elif value is not None:
+            add[type(value)](f"tokenizer.ggml.{name}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    try:
+        tokenizer = load_tokenizer(path)
+    except CheckpointError as error:
+        assert "\n" not in str(error)
+    else:
+        assert tokenizer.decode(tokenizer.encode("ab")) == "ab"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from layers.block import Block
-from layers.budget import parse_budget
+from layers.budget import Budget, parse_budget
 from layers.cache.arena import ArenaCache
 from layers.cache.prompt import PromptPass
 from layers.methods import build_method, needs_importance
@@ -112,9 +112,10 @@ class Engine:
         self.method = build_method(cache, scores)
         self.max_context = max_context or trained
         self.chunk_tokens = chunk_tokens
-        keeps_all = self.method.default_budget is None
-        self.budget = None if keeps_all else parse_budget(self.method.default_budget if budget is None else budget)
-        self._room = 0 if keeps_all else room
+        self.budget: Budget | None = None
+        if self.method.default_budget is not None:
+            self.budget = parse_budget(self.method.default_budget if budget is None else budget)
+        self._room = room if self.budget else 0
         weight = self.model.embed.weight
         self._device, self._dtype = weight.device, weight.dtype
         self._compile = compile

@@ -88,7 +88,7 @@ class Decoder(nn.Module):
         Returns:
             (B, T, E).
         """
-        x_BTE = self.embed(ids_BT)
+        x_BTE: Tensor = self.embed(ids_BT)
         rotation = self.rope(position_BT, context)
         for block in self.blocks:
             x_BTE = run_block(block, x_BTE, rotation, cache)
@@ -97,7 +97,8 @@ class Decoder(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """Final norm and output head: (..., E) to (..., V)."""
         x = self.norm(x)
-        return linear(x, self.embed.weight) if self.head is None else self.head(x)
+        logits: Tensor = linear(x, self.embed.weight) if self.head is None else self.head(x)
+        return logits
 
 
 def rotary_embedding(config: RopeConfig, head_dim: int) -> rope.RotaryEmbedding:
