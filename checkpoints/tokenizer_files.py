@@ -29,11 +29,12 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file cannot be read or holds something else.
     """
+    data = read_bytes(path)
     try:
-        value = json.loads(read_bytes(path))
+        value = json.loads(data)
+        if b"\\ud" in data.lower():  # half of a character can be escaped, but nothing can be done with it
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(f"{path} is not JSON ({error}): get the file again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds no JSON object: get the file again")

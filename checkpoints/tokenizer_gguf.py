@@ -125,6 +125,7 @@ def _byte_level_tokenizer(
         raise CheckpointError(f"{path} has the unknown pre-tokenizer {pre!r}: supported are {', '.join(_WORDS)}")
     words = _WORDS[pre]
     special = {text: i for i, text in enumerate(tokens) if types[i] == _CONTROL or i in (roles.bos, roles.eos)}
+    bos_id, eos_id = roles.ids(path, special, len(tokens))
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     # Control tokens that no merge makes stay outside, so that no word of a text can be one.
     made = {left + right for left, right in pairs}
@@ -142,7 +143,6 @@ def _byte_level_tokenizer(
     library.add_tokens([tokenizers.AddedToken(text, special=False, normalized=False) for text in own])
 
     raw = {*special, *own}
-    bos_id, eos_id = roles.ids(path, special, len(tokens))
     return VocabTokenizer(
         encoder=TokenizersEncoder(library, library),
         pieces=[text.encode() if text in raw else byte_level_bytes(text) for text in tokens],

@@ -757,7 +757,7 @@ def test_damaged_files_are_refused_in_one_line(name: str, content: Any, message:
     ("settings", "message"),
     [
         ({"bos_token": "<absent>"}, "lacks the token '<absent>' that its config makes BOS or EOS"),
-        ({"bos_token": "\ud800"}, "lacks the token"),
+        ({"bos_token": "\ud800"}, "tokenizer_config.json is not JSON"),
         ({"added_tokens_decoder": {"x": {"content": "</s>"}}}, "malformed added_tokens_decoder"),
         ({"added_tokens_decoder": {"1": "</s>"}}, "malformed added_tokens_decoder"),
         ({"added_tokens_decoder": {str(10**9): {"content": "<x>", "special": True}}}, "ids up to 1000000000"),
