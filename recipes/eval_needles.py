@@ -183,45 +183,57 @@ def bootstrap(values: list[float], draws: int = 2000) -> tuple[float, float]:
 
 
 def table(rows: Iterable[dict[str, Any]]) -> str:
-    """Results as a Markdown table, a section per task and one for all tasks together."""
+    """Results as Markdown: one table per task and one for all tasks together."""
     rows = list(rows)
     first = rows[0]
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    count = len(first["hits"])
     lines = [
         f"# Needles in {' and '.join(tasks)}, {first['tokens']:,} tokens, {first['model']}, {first['dtype']}",
         "",
-        f"{count} prompts per task, split `{first['split']}`, seed {first['seed']}, commit `{first['commit']}`.",
-        "The question is in the prompt, which is prefilled whole and compressed once. Caches of one budget take the same bytes.",
-        "Accuracy: all tokens of the asked-for value are the most likely ones; above the full cache's it is not fidelity: fewer",
-        "tokens distract less. ΔNLL: nats per token of the value above the full cache. Brackets: 95 % intervals (Wilson,",
-        "bootstrap).",
+        f"{len(first['hits'])} prompts per task, split `{first['split']}`, seed {first['seed']}, commit `{first['commit']}`.",
+        "The question is in the prompt, which is prefilled whole and compressed once. Caches of one budget take the same",
+        "bytes. Accuracy: all tokens of the asked-for value are the most likely ones; above the full cache's it is not",
+        "fidelity, since fewer tokens distract less. ΔNLL: nats per token of the value above the full cache. Brackets: 95 %",
+        "intervals (Wilson, bootstrap).",
         "",
         f"    {first['command']}",
     ]
     for task in (*tasks, None) if len(tasks) > 1 else tasks:
-        lines += ["", f"## {task or 'All tasks together'}", ""]
-        lines += ["| slots per KV head | MiB | cache | accuracy | of full | ΔNLL |", "|---|---|---|---|---|---|"]
         groups: dict[tuple[int | None, str], list[dict[str, Any]]] = {}
         for row in rows:
             if task in (None, row["task"]):
                 groups.setdefault((row["budget"], row["cache"]), []).append(row)
-        full = next(group for (_, cache), group in groups.items() if cache == "full")
-        full_hits, full_nll = ([x for row in full for x in row[name]] for name in ("hits", "nll"))
+        full = _Pooled(groups.pop((None, "full")))
+        lines += ["", f"## {task or 'All tasks together'}", ""]
+        lines += [f"| slots per KV head | MiB | cache | accuracy | of full | ΔNLL | {' '.join(full.by_kind)} |"]
+        lines += ["|---" * 7 + "|", full.line("all", "full", "-", f"(NLL {sum(full.nll) / len(full.nll):.3f})")]
         for (budget, cache), group in groups.items():
-            hits, nll = ([x for row in group for x in row[name]] for name in ("hits", "nll"))
-            extra = [a - b for a, b in zip(nll, full_nll, strict=True)]
-            low, high = wilson(sum(hits), len(hits))
+            pooled = _Pooled(group)
+            extra = [nll - base for nll, base in zip(pooled.nll, full.nll, strict=True)]
             below, above = bootstrap(extra)
-            relative = f"{sum(hits) / sum(full_hits):.0%}" if sum(full_hits) else "-"
-            mean_nll = f"{sum(extra) / len(extra):+.3f} [{below:+.3f}, {above:+.3f}]"
-            if cache == "full":
-                mean_nll = f"(NLL {sum(nll) / len(nll):.3f})"
-            lines.append(
-                f"| {budget or 'all'} | {group[0]['nbytes'] / 2**20:.1f} | `{cache}` | {sum(hits)}/{len(hits)} = "
-                f"{sum(hits) / len(hits):.2f} [{low:.2f}, {high:.2f}] | {relative} | {mean_nll} |"
-            )
+            share = f"{sum(pooled.hits) / sum(full.hits):.0%}" if sum(full.hits) else "-"
+            mean = f"{sum(extra) / len(extra):+.3f} [{below:+.3f}, {above:+.3f}]"
+            lines.append(pooled.line(str(budget), cache, share, mean))
     return "\n".join(lines) + "\n"
+
+
+class _Pooled:
+    """The prompts of several rows as one."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.mebibytes = rows[0]["nbytes"] / 2**20
+        self.hits: list[int] = [hit for row in rows for hit in row["hits"]]
+        self.nll: list[float] = [nll for row in rows for nll in row["nll"]]
+        self.by_kind: dict[str, list[int]] = {}
+        for kind, hit in zip((kind for row in rows for kind in row["kinds"]), self.hits, strict=True):
+            self.by_kind.setdefault(kind, []).append(hit)
+
+    def line(self, budget: str, cache: str, share: str, nll: str) -> str:
+        hits, count = sum(self.hits), len(self.hits)
+        low, high = wilson(hits, count)
+        accuracy = f"{hits}/{count} = {hits / count:.2f} [{low:.2f}, {high:.2f}]"
+        kinds = " ".join(f"{sum(hits)}/{len(hits)}" for hits in self.by_kind.values())
+        return f"| {budget} | {self.mebibytes:.1f} | `{cache}` | {accuracy} | {share} | {nll} | {kinds} |"
 
 
 def _commit() -> str | None:

@@ -67,10 +67,10 @@ def cache_figures(engine: Engine) -> str:
     """One line on what an engine's cache holds."""
     stats = engine.stats()
     kept = stats.kept.float()
+    mebibytes, full_mebibytes = stats.nbytes / 2**20, stats.full_nbytes / 2**20
     return (
-        f"{stats.cache}: {sum(stats.tokens_seen):,} tokens seen; kept per head {kept.min():.0f} min, {kept.mean():.1f} "
-        f"mean, {kept.max():.0f} max; cache {stats.nbytes / 2**20:.1f} MiB, a full one of these tokens "
-        f"{stats.full_nbytes / 2**20:.1f} MiB"
+        f"{stats.cache}: {sum(stats.tokens_seen):,} tokens seen, kept per head {kept.min():.0f} min, {kept.mean():.1f} "
+        f"mean, {kept.max():.0f} max; {mebibytes:.1f} MiB (a full cache: {full_mebibytes:.1f} MiB)"
     )
 
 

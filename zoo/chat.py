@@ -31,6 +31,7 @@ _EXAMPLES = """examples:
   python -m zoo.chat --prompt-file report.txt --cache snapkv --budget 12.5% --stats
 """
 _HISTORY_LINES = 1000
+_PROMPT = ">>> "
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,7 +69,8 @@ def _reply(args: argparse.Namespace, prompt: str) -> None:
     if answer.is_cut:
         note(f"the reply was cut after {answer.tokens} tokens: raise --max-new-tokens for more")
     if args.stats:
-        note(f"{cache_figures(engine)}; {answer.speed}")
+        note(cache_figures(engine))
+        note(answer.speed)
 
 
 def _interact(args: argparse.Namespace) -> None:
@@ -78,16 +80,16 @@ def _interact(args: argparse.Namespace) -> None:
         raise ValueError("--allow-overflow needs --max-context N here: say how long the chat may become")
     loaded = cli.load_model(args)
     engine = _ready_engine(args, loaded)
-    if sys.stdin.isatty():
-        budget = "" if engine.budget is None else f" at a budget of {engine.budget}"
-        note(
-            f"{loaded.name}, {engine.method.name} cache{budget}, context {engine.max_context:,} tokens; /help for help"
-        )
-    conversation = Conversation(engine, system=args.system, sampling=cli.sampling(args))
+    loop = _Loop(Conversation(engine, system=args.system, sampling=cli.sampling(args)), with_figures=args.stats)
+    if not sys.stdin.isatty():
+        return loop.run()
+    budget = "" if engine.budget is None else f" at a budget of {engine.budget}"
+    note(f"{loaded.name}, {engine.method.name} cache{budget}, context {engine.max_context:,} tokens; /help for help")
     with _line_editing():
-        _Loop(conversation, with_figures=args.stats).run()
+        loop.run()
 
 
+@cli.starting()
 def _ready_engine(args: argparse.Namespace, loaded: Loaded) -> Engine:
     """The engine of a chat, already compiled where that is possible."""
     if args.compile is False:
@@ -112,15 +114,13 @@ def _ready_engine(args: argparse.Namespace, loaded: Loaded) -> Engine:
 
 @contextmanager
 def _line_editing() -> Iterator[None]:
-    """Give `input` history and editing keys, where the platform has them and a terminal is there to use them."""
+    """Give `input` a history and editing keys, where Python was built with them."""
     try:
         import readline
     except ImportError:
         yield
         return
-    if not sys.stdin.isatty():
-        yield
-        return
+    readline.parse_and_bind("set enable-bracketed-paste on")  # lines that are pasted together are one message
     path = cache_home() / "chat_history"
     with suppress(OSError):
         readline.read_history_file(path)
@@ -188,8 +188,8 @@ class _Loop:
             return cli.decoded(data, "standard input").rstrip("\r\n")
         try:
             if sys.stdout.isatty():
-                return input("> ")
-            print("> ", end="", file=sys.stderr, flush=True)
+                return input(_PROMPT)
+            print(_PROMPT, end="", file=sys.stderr, flush=True)
             return input()
         except UnicodeDecodeError:
             note("that line is not valid UTF-8: set the terminal to UTF-8")
@@ -235,7 +235,8 @@ class _Loop:
         note("(a new conversation)")
 
     def _stats(self, _: str) -> None:
-        note(self._conversation.figures)
+        for line in self._conversation.figures():
+            note(line)
 
     def _system(self, text: str) -> None:
         if text:

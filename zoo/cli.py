@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 import os
 import shutil
@@ -48,11 +49,9 @@ def run(program: str, body: Callable[[], None]) -> int:
     try:
         if sys.stdout is None:
             raise ValueError("standard output is closed: there is nowhere to write to")
-        for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):  # a terminal that is not UTF-8 shows ? for what it lacks
-                stream.reconfigure(errors="replace")
-        # argparse leaves so after printing the help.
-        with suppress(SystemExit):
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for what it lacks
+        with suppress(SystemExit):  # how argparse leaves after printing the help
             body()
         sys.stdout.flush()
         return 0
@@ -311,6 +310,17 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
 # -- model and engine --------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def starting() -> Iterator[None]:
+    """Import and compile without looking for garbage, which takes 15 % longer and finds none among what stays."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@starting()
 def load_model(args: argparse.Namespace) -> Loaded:
     """Load the model that the options ask for, after everything that can be refused without it.
 

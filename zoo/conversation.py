@@ -83,7 +83,7 @@ class Conversation:
         ids = chat.encode(asked)
         check_fits(len(ids), 0, engine.max_new_tokens, engine.max_context, "begin anew with /reset")
         if any(message["role"] == "assistant" for message in asked):
-            note("(reading the whole conversation again: the cache cannot be continued)")
+            note("(reading the whole conversation again)")
         engine.reset()
         return ids
 
@@ -92,11 +92,10 @@ class Conversation:
         """Whether the last answer ended only because it may not be longer."""
         return self._answer is not None and self._answer.is_cut
 
-    @property
-    def figures(self) -> str:
-        """One line: what the cache holds, and how fast the last answer came."""
-        cache = cache_figures(self._engine)
-        return f"{cache}; {self._answer.speed}" if self._answer and self._answer.tokens else cache
+    def figures(self) -> list[str]:
+        """Lines on what the cache holds and how fast the last answer came."""
+        speed = [self._answer.speed] if self._answer and self._answer.tokens else []
+        return [cache_figures(self._engine), *speed]
 
 
 def opening(system: str | None) -> list[Message]:

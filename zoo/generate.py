@@ -40,7 +40,8 @@ def _main(argv: Sequence[str] | None) -> None:
     answer = Answer(engine, ids, cli.sampling(args))
     show(answer)
     if args.stats:
-        cli.note(f"{cache_figures(engine)}; {answer.speed}")
+        cli.note(cache_figures(engine))
+        cli.note(answer.speed)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ def build(
     *,
     importance: Mapping[str, Tensor],
     scores: str = "r2",
-    beta: float = 1.5,
+    beta: float = 3.0,
     compat: bool = False,
     scoring: Scoring = PRESETS["tuned"],
 ) -> Method:
