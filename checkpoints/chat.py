@@ -12,7 +12,7 @@ from pathlib import Path
 from checkpoints.chat_builtin import built_in_template
 from checkpoints.chat_template import ChatTemplate, Message
 from checkpoints.errors import CheckpointError
-from checkpoints.gguf import GgufFile
+from checkpoints.gguf import open_gguf
 from checkpoints.tokenizer import Tokenizer
 from checkpoints.tokenizer_files import read_bytes, read_optional_json, token_text
 
@@ -196,7 +196,7 @@ class _Found:
 
 
 def _from_gguf(path: Path) -> _Found:
-    metadata = GgufFile(path).metadata
+    metadata = open_gguf(path).metadata
     template = metadata.get("tokenizer.chat_template")
     stops = {metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eom")}
     return _Found(

@@ -9,7 +9,7 @@ from typing import Any
 from checkpoints.config import ModelConfig, RopeConfig
 from checkpoints.config_fields import MAX_LAYERS, Fields
 from checkpoints.errors import CheckpointError
-from checkpoints.gguf import GgufFile
+from checkpoints.gguf import GgufFile, open_gguf
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _SCALINGS = ("none", "linear", "yarn", "longrope")
@@ -29,7 +29,7 @@ def read(path: Path) -> ModelConfig:
     Raises:
         CheckpointError: a damaged file; an architecture, scaling or feature that we do not support.
     """
-    file = GgufFile(path)
+    file = open_gguf(path)
     architecture = file.metadata.get("general.architecture")
     if architecture not in _ARCHITECTURES:
         raise CheckpointError(

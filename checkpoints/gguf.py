@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,3 +195,30 @@ class GgufFile:
         if name is None:
             raise CheckpointError(f"{self.path} is damaged: a metadata value has the unknown type {kind}")
         return np.dtype(name)
+
+
+def open_gguf(path: Path) -> GgufFile:
+    """Open a GGUF file, or take the last one opened if it is the same: a header with a vocabulary takes time to parse.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The file; callers share it and change nothing.
+
+    Raises:
+        CheckpointError: see `GgufFile`.
+
+    Example:
+        >>> open_gguf(Path("/dev/null"))
+        Traceback (most recent call last):
+        ...
+        checkpoints.errors.CheckpointError: /dev/null is not a GGUF file: it is empty
+    """
+    stat = path.stat()
+    return _open_gguf(path, stat.st_mtime_ns, stat.st_size)
+
+
+@functools.lru_cache(maxsize=1)
+def _open_gguf(path: Path, mtime_ns: int, size: int) -> GgufFile:
+    return GgufFile(path)

@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
 from checkpoints.errors import CheckpointError
-from checkpoints.gguf import GgufFile
+from checkpoints.gguf import open_gguf
 from checkpoints.tokenizer_files import Roles
 from checkpoints.tokenizer_hf import TokenizersEncoder, byte_level_bytes
 from checkpoints.tokenizer_sentencepiece import serialise_model, tokenizer_of_model
@@ -65,7 +65,7 @@ def read_gguf_tokenizer(path: Path) -> VocabTokenizer:
     Raises:
         CheckpointError: the file is damaged; it has no vocabulary, or one of an unsupported kind.
     """
-    metadata = GgufFile(path).metadata
+    metadata = open_gguf(path).metadata
 
     def entry(name: str, kind: type, default: Any = None) -> Any:
         value = metadata.get(f"tokenizer.ggml.{name}", default)

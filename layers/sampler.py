@@ -52,7 +52,8 @@ def sample(
         raise ValueError(f"top_k must be >= 0, top_p in (0, 1], min_p in [0, 1]; not {top_k}, {top_p}, {min_p}")
     if temperature == 0:
         return logits_BV.argmax(-1)
-    logits_BV = logits_BV.float() / temperature
+    logits_BV = logits_BV.float()
+    logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / temperature
     if 0 < top_k < logits_BV.shape[-1]:
         least_B1 = logits_BV.topk(top_k, dim=-1).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < least_B1, float("-inf"))

@@ -22,6 +22,11 @@ def test_frequencies_are_the_probabilities():
     assert (counts - p).abs().max() < 0.01
 
 
+def test_a_tiny_temperature_is_greedy():
+    logits = 50 * torch.randn(4, 100)
+    assert torch.equal(sample(logits, torch.arange(4), torch.arange(4), temperature=1e-45), logits.argmax(-1))
+
+
 def test_temperature_sharpens():
     p = torch.tensor([0.6, 0.4])
     tokens = sample(p.log().expand(20_000, -1), torch.arange(20_000), torch.zeros(20_000), temperature=0.5)

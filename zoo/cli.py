@@ -177,8 +177,8 @@ def parser(program: str, description: str, examples: str) -> argparse.ArgumentPa
         "--max-new-tokens",
         type=_whole(1),
         metavar="N",
-        help=f"tokens per answer at most; room for them is reserved (default: {DEFAULT_MAX_NEW_TOKENS}, or a quarter "
-        "of a short context)",
+        help=f"tokens per answer at most; room for them is reserved (default: {DEFAULT_MAX_NEW_TOKENS}, or less in a short "
+        "context or after a long prompt)",
     )
     answer.add_argument(
         "--temperature",
@@ -382,6 +382,8 @@ def make_engine(
         )
     limit = args.max_new_tokens or min(DEFAULT_MAX_NEW_TOKENS, math.ceil(context / 4))
     if prompt is not None:
+        if args.max_new_tokens is None and not args.allow_overflow:  # a default gives way to a long prompt
+            limit = max(1, min(limit, context - len(prompt)))
         if args.max_context is not None:
             check_fits(len(prompt), 0, limit, context, "raise --max-context")
         elif not args.allow_overflow:
