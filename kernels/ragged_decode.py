@@ -56,7 +56,7 @@ def ragged_decode(
         keep_BHC = keep_BHC & (pos[row_B11, index_BHC] > (position_B - window)[:, None, None])
     k_BHCD, v_BHCD = k_arena[row_B11, index_BHC], v_arena[row_B11, index_BHC]
     q_BHGD = q_BND.view(B, H, N // H, D)
-    score_BHGC = (q_BHGD @ k_BHCD.transpose(-1, -2)).float() * D**-0.5
+    score_BHGC = q_BHGD.float() @ k_BHCD.transpose(-1, -2).float() * D**-0.5
     weight_BHGC = score_BHGC.masked_fill(~keep_BHC[:, :, None], float("-inf")).softmax(-1)
     o_BHGD: Tensor = weight_BHGC.to(v_BHCD.dtype) @ v_BHCD
     return o_BHGD.reshape(B, N, D)

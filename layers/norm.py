@@ -19,8 +19,8 @@ class RMSNorm(nn.Module):
         >>> import torch
         >>> norm = RMSNorm(2, eps=1e-6)
         >>> norm.weight = torch.nn.Parameter(torch.ones(2))
-        >>> norm(torch.tensor([3.0, 4.0])).tolist() == [0.8485280871391296, 1.131370782852173]
-        True
+        >>> norm(torch.tensor([3.0, 4.0])).detach()
+        tensor([0.8485, 1.1314])
     """
 
     def __init__(self, size: int, *, eps: float) -> None:

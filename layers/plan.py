@@ -10,6 +10,7 @@ from torch import Tensor
 INT32_BYTES = 4
 TABLES_PER_HEAD = 6
 COUNTERS_PER_ROW = 2
+FLAG_BYTES_PER_ROW = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,7 @@ class ArenaShape:
 
     Example:
         >>> shape = ArenaShape(batch=1, num_layers=2, num_kv_heads=1, head_dim=4, slots=10, dtype=torch.float32)
-        >>> shape.nbytes == 10 * (2 * 4 * 4 + 4) + 2 * 6 * 4 + 2 * 4
+        >>> shape.nbytes == 10 * (2 * 4 * 4 + 4) + 2 * 6 * 4 + 2 * 4 + 1 + 10 * 4
         True
     """
 
@@ -44,17 +45,19 @@ class ArenaShape:
 
     @property
     def row_overhead_bytes(self) -> int:
-        """Bytes of one row's tables and counters."""
-        return INT32_BYTES * (TABLES_PER_HEAD * self.num_layers * self.num_kv_heads + COUNTERS_PER_ROW)
+        """Bytes of one row's tables, counters and flag."""
+        tables = TABLES_PER_HEAD * self.num_layers * self.num_kv_heads
+        return INT32_BYTES * (tables + COUNTERS_PER_ROW) + FLAG_BYTES_PER_ROW
 
     @property
     def nbytes(self) -> int:
-        """Bytes of everything that the arena allocates."""
-        return self.batch * (self.slots * self.slot_bytes + self.row_overhead_bytes)
+        """Bytes of everything that the arena allocates, the numbers of the slots, which all rows share, included."""
+        return self.batch * (self.slots * self.slot_bytes + self.row_overhead_bytes) + self.slots * INT32_BYTES
 
     def slots_within(self, nbytes: int) -> int:
         """How many slots per row fit into a number of bytes for the whole arena."""
-        return max(0, (nbytes // self.batch - self.row_overhead_bytes) // self.slot_bytes)
+        free = nbytes - self.batch * self.row_overhead_bytes
+        return max(0, free // (self.batch * self.slot_bytes + INT32_BYTES))
 
 
 def offsets(capacity_BLH: Tensor) -> Tensor:

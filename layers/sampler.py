@@ -46,10 +46,7 @@ def sample(
         >>> sample(torch.tensor([[0.0, 2.0, 1.0]]), torch.tensor([0]), torch.tensor([5]))
         tensor([1])
     """
-    if not temperature >= 0:
-        raise ValueError(f"temperature must be at least 0, not {temperature}")
-    if top_k < 0 or not 0 < top_p <= 1 or not 0 <= min_p <= 1:
-        raise ValueError(f"top_k must be >= 0, top_p in (0, 1], min_p in [0, 1]; not {top_k}, {top_p}, {min_p}")
+    check_sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     if temperature == 0:
         return logits_BV.argmax(-1)
     logits_BV = logits_BV.float()
@@ -65,6 +62,27 @@ def sample(
     if min_p > 0:
         p_BV = p_BV.masked_fill(p_BV < min_p * p_BV.amax(-1, keepdim=True), 0.0)
     return (p_BV / exponential(seed_B, position_B, p_BV.shape[-1])).argmax(-1)
+
+
+def check_sampling(*, temperature: float, top_k: int, top_p: float, min_p: float) -> None:
+    """Refuse settings that `sample` does not take; see there for their meaning.
+
+    Args:
+        temperature: as for `sample`.
+        top_k: as for `sample`.
+        top_p: as for `sample`.
+        min_p: as for `sample`.
+
+    Raises:
+        ValueError: one is out of range.
+
+    Example:
+        >>> check_sampling(temperature=0.7, top_k=0, top_p=0.9, min_p=0.0)
+    """
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be at least 0 and finite, not {temperature}")
+    if top_k < 0 or not 0 < top_p <= 1 or not 0 <= min_p <= 1:
+        raise ValueError(f"top_k must be >= 0, top_p in (0, 1], min_p in [0, 1]; not {top_k}, {top_p}, {min_p}")
 
 
 def exponential(seed_B: Tensor, position_B: Tensor, count: int) -> Tensor:

@@ -192,7 +192,7 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
         "",
         f"{len(first['hits'])} prompts per task, split `{first['split']}`, seed {first['seed']}, at {first['commit']}.",
         "The question is in the prompt, which is prefilled whole and compressed once. Accuracy: all tokens of the",
-        "asked-for value are the most likely ones; above the full cache's it is not fidelity, since fewer tokens distract",
+        "asked-for value are the most likely ones; above the full cache it is not fidelity, as fewer tokens distract",
         "less. ΔNLL: nats per token of the value above the full cache. Brackets: 95 % intervals (Wilson, bootstrap).",
         "Caches of one budget take the same bytes. The last column counts right answers by kind of needle.",
         "",

@@ -33,7 +33,6 @@ def test_one_compilation_serves_everything(cache, windows):
     compiled.step([1])
     assert counters["stats"]["unique_graphs"] == 2, "one graph for the blocks of all layers, one for the head"
     pointers = {name: t.data_ptr() for name, t in vars(compiled.cache).items() if isinstance(t, torch.Tensor)}
-    pointers.pop("_slot_C")
     with dynamo_config.patch(error_on_recompile=True):
         for prompt in PROMPTS:
             close(conversation(compiled, prompt), conversation(eager, prompt))

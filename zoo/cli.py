@@ -177,7 +177,7 @@ def parser(program: str, description: str, examples: str) -> argparse.ArgumentPa
         "--max-new-tokens",
         type=_whole(1),
         metavar="N",
-        help=f"tokens per answer at most; room for them is reserved (default: {DEFAULT_MAX_NEW_TOKENS}, or less in a short "
+        help=f"tokens per answer at most; room is reserved (default: {DEFAULT_MAX_NEW_TOKENS}, less in a short "
         "context or after a long prompt)",
     )
     answer.add_argument(

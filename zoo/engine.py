@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from layers.cache.arena import ArenaCache
 from layers.cache.prompt import PromptPass
 from layers.methods import build_method, needs_importance
 from layers.plan import ArenaShape
-from layers.sampler import sample
+from layers.sampler import check_sampling, sample
 from zoo.family import Decoder
 from zoo.load import Loaded, head_importance
 
@@ -138,38 +139,43 @@ class Engine:
                 dtype=self._dtype,
             )
 
-        self._budget_tokens = self.max_context
+        method, most = self.method, self.max_context
         if self.budget is not None and self.budget.kind == "bytes":
-            self._budget_tokens = shape(0).slots_within(int(self.budget.amount)) // heads - self._room
+            most = shape(0).slots_within(int(self.budget.amount)) // heads - self._room
         elif self.budget is not None:
-            self._budget_tokens = self._prompt_budget(self.max_context)
-        if self._budget_tokens < self.method.protected:
+            most = self._prompt_budget(self.max_context, most)
+        if most < method.protected:
+            least = f"{method.protected} tokens"
+            if self.budget is not None and self.budget.kind == "bytes":
+                least = f"{shape(heads * (method.protected + self._room)).nbytes} bytes, or lower max_new_tokens"
             raise ValueError(
-                f"budget {self.budget} leaves {max(0, self._budget_tokens)} tokens per KV head for {batch} row(s), but "
-                f"{self.method.name} always keeps {self.method.sinks} sinks and the last {self.method.recent} tokens: "
-                f"raise the budget to at least {self.method.protected} tokens"
+                f"budget {self.budget} leaves {max(0, most)} tokens per KV head for {batch} row(s), but {method.name} "
+                f"always keeps {method.sinks} sinks and the last {method.recent} tokens: raise it to at least {least}"
             )
-        planned = shape(int(self._shares(self.max_context).sum()) + heads * self._room)
+        shares = int(self._shares(self.max_context, most).sum())
+        planned = shape(max(shares, heads * min(most, self.max_context)) + heads * self._room)
         free = _free_bytes(self._device)
         if planned.nbytes > free:
             raise ValueError(
-                f"the {self.method.name} cache would take {planned.nbytes / 2**20:,.0f} MiB and "
-                f"{free / 2**20:,.0f} MiB are free: lower the budget, max_context or the batch"
+                f"the {method.name} cache would take {planned.nbytes / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are "
+                "free: lower the budget, max_new_tokens, max_context or the batch"
             )
+        self._most_tokens = most
         self.cache = ArenaCache(planned, self._device, compiled=self._compile)
 
-    def _prompt_budget(self, tokens: int) -> int:
-        """Mean tokens per KV head to keep of a prompt of so many tokens."""
-        budget = self.budget
-        if budget is None or budget.kind == "bytes":
-            return self._budget_tokens
-        return int(budget.amount if budget.kind == "tokens" else max(budget.amount * tokens, self.method.protected))
+    def _prompt_budget(self, tokens: int, most: int) -> int:
+        """Mean tokens per KV head to keep of a prompt of so many tokens, of which the arena holds at most so many."""
+        if self.budget is None or self.budget.kind == "bytes":
+            return most
+        if self.budget.kind == "tokens":
+            return int(self.budget.amount)
+        return max(int(self.budget.amount * tokens + 1e-9), self.method.protected)
 
-    def _shares(self, tokens: int) -> Tensor:
+    def _shares(self, tokens: int, most: int) -> Tensor:
         """(L, H) tokens that each KV head may keep of so many, on the host."""
         config = self.loaded.config
         return self.method.allocator(
-            budget=self._prompt_budget(tokens),
+            budget=self._prompt_budget(tokens, most),
             prompt=tokens,
             num_layers=config.num_layers,
             num_kv_heads=config.num_kv_heads,
@@ -178,6 +184,7 @@ class Engine:
     def reset(self) -> None:
         """Forget the conversation; the memory stays allocated."""
         self.cache.reset()
+        self._turn = object()
         self.tokens_seen = [0] * self.cache.shape.batch
         self._context = [0] * self.cache.shape.batch
         self._prefill = "whole"
@@ -197,12 +204,13 @@ class Engine:
             ValueError: no prompt, **or** an empty one, **or** one longer than the context, **or** an id outside the
                 vocabulary.
         """
-        self._check(prompts, seen=[0] * len(prompts))
-        if len(prompts) != self.cache.shape.batch:
-            self._allocate(len(prompts))
+        rows = _as_rows(prompts)
+        self._check(rows, seen=[0] * len(rows))
+        if len(rows) != self.cache.shape.batch:
+            self._allocate(len(rows))
         self.reset()
-        self._context = list(map(len, prompts))
-        return self._take_in(prompts)
+        self._context = list(map(len, rows))
+        return self._take_in(rows)
 
     @torch.inference_mode()
     def extend(self, more: Sequence[Sequence[int]]) -> Tensor:
@@ -219,17 +227,19 @@ class Engine:
         """
         if not all(self.tokens_seen):
             raise ValueError("extend needs a conversation: call prefill first")
-        if len(more) != len(self.tokens_seen):
-            raise ValueError(f"extend got {len(more)} rows, the conversation has {len(self.tokens_seen)}")
-        more = [[*pending, *ids] for pending, ids in zip(self._pending, more, strict=True)]
-        self._check(more, seen=self.tokens_seen)
-        return self._take_in(more)
+        rows = _as_rows(more)
+        if len(rows) != len(self.tokens_seen):
+            raise ValueError(f"extend got {len(rows)} rows, the conversation has {len(self.tokens_seen)}")
+        rows = [[*pending, *ids] for pending, ids in zip(self._pending, rows, strict=True)]
+        self._check(rows, seen=self.tokens_seen)
+        self._turn = object()
+        return self._take_in(rows)
 
-    def _check(self, prompts: Sequence[Sequence[int]], seen: Sequence[int]) -> None:
+    def _check(self, prompts: list[list[int]], seen: list[int]) -> None:
         if not prompts:
             raise ValueError("there is no prompt: give at least one sequence of token ids")
         for row, (ids, before) in enumerate(zip(prompts, seen, strict=True)):
-            if not len(ids):
+            if not ids:
                 raise ValueError(f"the prompt of row {row} is empty: give at least one token")
             if before + len(ids) > self.max_context:
                 earlier = f" after {before} earlier ones" if before else ""
@@ -237,17 +247,21 @@ class Engine:
                     f"the prompt of row {row} has {len(ids)} tokens{earlier}, the context is {self.max_context}: "
                     "shorten it, or allow overflow with a larger max_context"
                 )
-            if not all(0 <= token < self.loaded.config.vocab_size for token in ids):
-                raise ValueError(f"row {row} has a token id outside 0..{self.loaded.config.vocab_size - 1}")
+            self._check_ids(ids)
 
-    def _take_in(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        last = self.loaded.config.vocab_size - 1
+        if wrong := [token for token in ids if not 0 <= token <= last]:
+            raise ValueError(f"token id {wrong[0]} is outside 0..{last}: encode with this model's tokenizer")
+
+    def _take_in(self, prompts: list[list[int]]) -> Tensor:
         logits_BV = torch.empty(0)
         try:
             chunks = range(0, max(map(len, prompts)), self.chunk_tokens)
             if len(chunks) > 1:
                 self._prefill = "chunked"
             for start in chunks:
-                rows = [list(ids[start : start + self.chunk_tokens]) for ids in prompts]
+                rows = [ids[start : start + self.chunk_tokens] for ids in prompts]
                 chunk_BV = self._take_in_chunk(rows)
                 has_new_B1 = torch.tensor([[bool(ids)] for ids in rows], device=self._device)
                 logits_BV = torch.where(has_new_B1, chunk_BV, logits_BV) if start else chunk_BV
@@ -266,7 +280,7 @@ class Engine:
         lengths = [len(ids) for ids in rows]
         ids_BT = torch.tensor([ids + [0] * (max(lengths) - len(ids)) for ids in rows], device=self._device)
         seen = [before + new for before, new in zip(self.tokens_seen, lengths, strict=True)]
-        keep_BLH = torch.stack([self._shares(tokens) for tokens in seen])
+        keep_BLH = torch.stack([self._shares(tokens, self._most_tokens) for tokens in seen])
         room = [self._room if self.budget else self.max_context - tokens for tokens in seen]
         chunk = PromptPass(self.cache, self.method, keep_BLH=keep_BLH, room=room, new_tokens=lengths)
         x_BTE = self.model.hidden(ids_BT, chunk.position_BT, chunk, context=self._context)
@@ -287,10 +301,14 @@ class Engine:
             (B, V) logits of the next token.
 
         Raises:
-            ValueError: no conversation has begun, **or** the number of rows differs, **or** the context is full.
+            ValueError: no conversation has begun, **or** the number of rows differs, **or** a token is no id (in a
+                tensor they are not looked at: that would wait for the device), **or** the context is full.
         """
         batch = len(self.tokens_seen)
         active = [True] * batch if active_B is None else [bool(flag) for flag in active_B]
+        if not isinstance(token_B, Tensor):
+            (token_B,) = _as_rows([token_B])
+            self._check_ids(token_B)
         if not all(self.tokens_seen):
             raise ValueError("step needs a conversation: call prefill first")
         if len(token_B) != batch or len(active) != batch:
@@ -307,6 +325,7 @@ class Engine:
         logits_BV = self._run_head(self.model, x_BTE[:, -1])
         self.cache.end_step()
         self.tokens_seen = [seen + flag for seen, flag in zip(self.tokens_seen, active, strict=True)]
+        self._pending = [[] if flag else ids for flag, ids in zip(active, self._pending, strict=True)]
         return logits_BV
 
     def is_full(self, row: int) -> bool:
@@ -337,11 +356,15 @@ class Engine:
 
         Returns:
             New ids per row, without the stop token.
+
+        Raises:
+            ValueError: as for `prefill`, **or** sampling settings, limit or seed are out of range.
         """
+        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        limit = self._checked_limit(max_new_tokens, seed, sampling)
         logits_BV = self.prefill(prompts)
         new: list[list[int]] = [[] for _ in prompts]
-        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-        for tokens, active in self._decode(logits_BV, max_new_tokens, seed, sampling):
+        for tokens, active in self._decode(logits_BV, limit, seed, sampling):
             for ids, token, flag in zip(new, tokens, active, strict=True):
                 if flag:
                     ids.append(token)
@@ -375,19 +398,28 @@ class Engine:
             New ids, without the stop token.
 
         Raises:
-            ValueError: as for `prefill` and `extend`.
+            ValueError: as for `prefill` and `extend`, **or** sampling settings, limit or seed are out of range, **or**
+                another turn has begun since the last token.
         """
-        logits_BV = self.extend([ids]) if all(self.tokens_seen) else self.prefill([ids])
         sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-        for tokens, _ in self._decode(logits_BV, max_new_tokens, seed, sampling):
+        limit = self._checked_limit(max_new_tokens, seed, sampling)
+        logits_BV = self.extend([ids]) if all(self.tokens_seen) else self.prefill([ids])
+        for tokens, _ in self._decode(logits_BV, limit, seed, sampling):
             yield tokens[0]
 
+    def _checked_limit(self, limit: int | None, seed: int, sampling: dict[str, float]) -> int:
+        check_sampling(**sampling)  # type: ignore[arg-type]
+        if not 0 <= seed < 2**62:
+            raise ValueError(f"seed must be from 0 to 2**62 - 1, not {seed}")
+        if limit is not None and limit < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, not {limit}")
+        return self.max_new_tokens if limit is None else limit
+
     def _decode(
-        self, logits_BV: Tensor, limit: int | None, seed: int, sampling: dict[str, float]
+        self, logits_BV: Tensor, limit: int, seed: int, sampling: dict[str, float]
     ) -> Iterator[tuple[list[int], list[bool]]]:
         """Sample and step; a token is pending from the moment it is handed out until the cache holds it."""
-        limit = self.max_new_tokens if limit is None else limit
-        batch = len(self.tokens_seen)
+        turn, batch = self._turn, len(self.tokens_seen)
         seed_B = torch.arange(seed, seed + batch, device=self._device)
         active = [True] * batch
         for count in range(limit):
@@ -401,9 +433,10 @@ class Engine:
                 return
             self._pending = [[token] if flag else [] for token, flag in zip(tokens, active, strict=True)]
             yield tokens, active
+            if turn is not self._turn:
+                raise ValueError("this answer cannot go on: another turn of the conversation has begun since")
             if count + 1 < limit:
                 logits_BV = self.step(token_B, active)
-                self._pending = [[] for _ in tokens]
 
     def stats(self) -> Stats:
         """What the cache holds now."""
@@ -418,6 +451,14 @@ class Engine:
             tokens_seen=list(self.tokens_seen),
             prefill=self._prefill,
         )
+
+
+def _as_rows(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Token ids as plain lists, whether they came in lists, arrays or tensors."""
+    try:
+        return [[operator.index(token) for token in ids] for ids in prompts]
+    except TypeError:
+        raise ValueError("token ids must be whole numbers, in one sequence per row: [[1, 2, 3], [4, 5]]") from None
 
 
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

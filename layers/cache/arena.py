@@ -63,14 +63,16 @@ class ArenaCache:
             for tensor in (self.k, self.v, self.pos):
                 torch._dynamo.mark_dynamic(tensor, 1)
         self._active_B = torch.ones(B, dtype=torch.bool, device=device)
-        self._slot_C = torch.arange(0, device=device)
+        self._numbers = torch.arange(shape.slots, dtype=torch.int32, device=device)
+        self._slot_C = self._numbers[:0]
         self.reset()
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated for slots, tables and counters."""
+        """Bytes allocated, of everything that the cache owns."""
         tables = (self.offset, self.capacity, self.kept, self.ring_start, self.length, self._slot)
-        return sum(t.nbytes for t in (self.k, self.v, self.pos, *tables, self.position, self.generated))
+        small = (self.position, self.generated, self._active_B, self._numbers)
+        return sum(tensor.nbytes for tensor in (self.k, self.v, self.pos, *tables, *small))
 
     def reset(self) -> None:
         """Forget everything; the memory stays."""
@@ -111,7 +113,7 @@ class ArenaCache:
         self.max_length = min(self.max_length + 1, self.max_capacity)
         span = min(-(-self.max_length // _SPAN_STEP) * _SPAN_STEP, self.max_capacity)
         if len(self._slot_C) != span:
-            self._slot_C = torch.arange(span, device=self.k.device)
+            self._slot_C = self._numbers[:span]
             if self._compiled:
                 torch._dynamo.mark_dynamic(self._slot_C, 0)
 

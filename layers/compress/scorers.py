@@ -66,6 +66,7 @@ class WindowAttention:
         Li et al., SnapKV, 2024, section 4.
 
     Example:
+        >>> import torch
         >>> scorer = WindowAttention(window=1, ahead=1, behind=0)
         >>> k = torch.tensor([9.0, 0.0, 0.0, 0.0]).view(1, 1, 4, 1); pos = torch.arange(4).view(1, 1, 4)
         >>> score = scorer(torch.ones(1, 1, 1, 1), k, pos, torch.tensor([[3]]), pos >= 3, None)
@@ -104,6 +105,7 @@ class Position:
         Xiao et al., StreamingLLM, 2023: with protected sinks, only recency decides.
 
     Example:
+        >>> import torch
         >>> pos = torch.tensor([[[0, 1, 2]]])
         >>> Position()(torch.empty(1, 0, 1, 1), torch.empty(1, 1, 3, 1), pos, torch.empty(1, 0), pos < 0, None).tolist()
         [[[0.0, 1.0, 2.0]]]
