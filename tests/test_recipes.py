@@ -235,7 +235,7 @@ def test_evaluation_refuses_unequal_bytes(command_line: Loaded, importance: Path
         "headkv:preset=published,beta=1.3,compat=true",
         "streaming",
         "--budgets",
-        "25",
+        "23",
         "--tokens",
         str(LENGTH),
     ]
