@@ -139,6 +139,7 @@ def evaluate(
                     "budget": None if cache == "full" else budget,
                     "nbytes": engine.stats().nbytes,
                     "method": repr(engine.method.scorer),
+                    "beta": getattr(engine.method.allocator, "beta", None),
                     "protected": [engine.method.sinks, engine.method.recent],
                     "split": split,
                     "tokens": tokens,
@@ -269,6 +270,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="CPU threads")
     args = parser.parse_args(argv)
     try:
+        commit = _commit()  # before the long part, during which the tree may change
         if args.threads:
             torch.set_num_threads(args.threads)
         loaded = load(args.model, dtype=args.dtype, device=args.device)
@@ -288,7 +290,7 @@ def main(argv: list[str] | None = None) -> int:
             "model": loaded.name,
             "dtype": args.dtype,
             "template_sha256": loaded.chat.template_hash,
-            "commit": _commit(),
+            "commit": commit,
             "command": "python -m recipes.eval_needles " + " ".join(sys.argv[1:] if argv is None else argv),
         }
         rows = [row | origin for row in rows]
