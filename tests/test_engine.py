@@ -417,7 +417,7 @@ def test_a_token_stepped_by_hand_is_not_taken_twice(loaded):
 def test_a_refused_batch_leaves_the_engine_as_it_was(loaded):
     engine = Engine(loaded, cache="snapkv:window=4,recent=4", budget="30KiB", max_new_tokens=8, max_context=200)
     want = engine.prefill(tokens(60))
-    with pytest.raises(ValueError, match=r"raise it to at least \d+ bytes"):
+    with pytest.raises(ValueError, match=r"raise the budget to at least \d+ bytes"):
         engine.prefill(tokens(60) * 40)
     assert torch.equal(engine.prefill(tokens(60)), want)
 

@@ -150,7 +150,8 @@ class Engine:
                 least = f"{shape(heads * (method.protected + self._room)).nbytes} bytes, or lower max_new_tokens"
             raise ValueError(
                 f"budget {self.budget} leaves {max(0, most)} tokens per KV head for {batch} row(s), but {method.name} "
-                f"always keeps {method.sinks} sinks and the last {method.recent} tokens: raise it to at least {least}"
+                f"always keeps {method.sinks} sinks and the last {method.recent} tokens: raise the budget to at least "
+                f"{least}"
             )
         shares = int(self._shares(self.max_context, most).sum())
         planned = shape(max(shares, heads * min(most, self.max_context)) + heads * self._room)
