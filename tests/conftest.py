@@ -1,5 +1,7 @@
 """Fixtures that several test files share."""
 
+import signal
+
 import pytest
 import torch
 
@@ -11,3 +13,7 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+# A shell that starts the tests in the background lets them, and all they start, ignore Ctrl-C; the tests press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
