@@ -28,7 +28,7 @@ def sample(
         logits_BV: scores of the next token.
         seed_B: int64, one seed per row.
         position_B: int, position of the token to be chosen.
-        temperature: >= 0; 0 takes the most likely token.
+        temperature: >= 0; 0, or less than fp32 tells from 0, takes the most likely token.
         top_k: keep the k most likely tokens; 0 keeps all.
         top_p: keep the smallest set of most likely tokens whose mass reaches p, in (0, 1].
         min_p: keep tokens at least this fraction as likely as the best, in [0, 1].
@@ -47,7 +47,7 @@ def sample(
         tensor([1])
     """
     check_sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    if temperature == 0:
+    if temperature < torch.finfo(torch.float32).tiny:
         return logits_BV.argmax(-1)
     logits_BV = logits_BV.float()
     logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / temperature

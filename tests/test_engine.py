@@ -457,3 +457,90 @@ def test_decoding_in_low_precision_is_as_exact_as_sdpa(dtype):
     huge = torch.full((1, 1, 64), 60.0, dtype=dtype)
     one = torch.ones(1, 1, dtype=torch.int32)
     assert ragged_decode(huge, huge, huge, one, one - 1, one, torch.arange(1), one[0], None).isfinite().all()
+
+
+def test_a_step_by_hand_ends_an_answer(loaded):
+    engine = Engine(loaded, cache="full", max_context=50)
+    answer = engine.stream(tokens(5)[0])
+    engine.step([next(answer)])
+    with pytest.raises(ValueError, match="another turn"):
+        next(answer)
+    assert engine.tokens_seen == [6]
+
+
+@pytest.mark.parametrize("cache", ["full", "streaming"])
+@pytest.mark.parametrize("said", [2, 9], ids=["room left", "ring full"])
+def test_an_interrupted_step_leaves_nothing_behind(loaded, cache, said, monkeypatch):
+    """The token that was being stored is taken in again with the next turn, and only once."""
+    options = {"cache": cache, "budget": 24, "max_new_tokens": 40, "decode_room": 6, "max_context": 100}
+    engine, calm = Engine(loaded, **options), Engine(loaded, **options)
+    prompt, more = tokens(40, 5)
+    heard = []
+    for token in engine.stream(prompt):
+        heard.append(token)
+        if len(heard) == said:
+            break
+    calm.prefill([prompt])
+    for token in heard[:-1]:
+        calm.step([token])
+
+    run_block, calls = engine._run_block, iter(range(10))
+
+    def interrupted(*args):
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return run_block(*args)
+
+    monkeypatch.setattr(engine, "_run_block", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step(heard[-1:])
+    monkeypatch.setattr(engine, "_run_block", run_block)
+    if cache == "full":
+        close(engine.extend([more]), calm.extend([[heard[-1], *more]]))
+    else:
+        engine.extend([more])
+    for layer, head in torch.cartesian_prod(torch.arange(3), torch.arange(2)).tolist():
+        start, kept = int(engine.cache.offset[0, layer, head]), int(engine.cache.kept[0, layer, head])
+        held = engine.cache.pos[0, start : start + kept].tolist()
+        assert held == sorted(set(held)) and min(held) == 0
+
+
+def test_a_failed_allocation_leaves_the_engine_as_it_was(loaded, monkeypatch):
+    engine = Engine(loaded, cache="streaming", budget="60KiB", max_new_tokens=5, max_context=400, batch=4)
+    want = engine.prefill(tokens(300, 300, 300, 300))
+
+    def fails(*args, **kwargs):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_module, "ArenaCache", fails)
+        with pytest.raises(MemoryError):
+            engine.prefill(tokens(9))
+    assert torch.equal(engine.prefill(tokens(300, 300, 300, 300)), want)
+
+
+def test_the_last_token_may_end_the_conversation(loaded):
+    engine = Engine(loaded, cache="full", max_context=50)
+    for _ in engine.stream(tokens(5)[0], max_new_tokens=1):
+        engine.reset()
+
+
+def test_an_iterator_of_prompts_is_as_good_as_a_list(loaded):
+    engine = Engine(loaded, cache="full", max_context=50, max_new_tokens=3)
+    assert engine.generate(iter(tokens(5, 9))) == engine.generate(tokens(5, 9))
+
+
+@pytest.mark.parametrize("wrong", [{"max_new_tokens": 4.0}, {"top_k": 2.0, "temperature": 1.0}, {"seed": 0.5}])
+def test_wrong_settings_are_refused_before_anything_is_lost(loaded, wrong):
+    engine = Engine(loaded, cache="full", max_context=50)
+    engine.prefill(tokens(7))
+    with pytest.raises(ValueError, match="whole number"):
+        engine.generate([[1]], **wrong)
+    assert engine.tokens_seen == [7]
+
+
+def test_an_empty_turn_is_refused_also_while_a_token_is_pending(loaded):
+    engine = Engine(loaded, cache="full", max_context=50)
+    next(engine.stream(tokens(5)[0]))
+    with pytest.raises(ValueError, match="empty"):
+        engine.extend([[]])

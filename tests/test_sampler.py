@@ -25,6 +25,7 @@ def test_frequencies_are_the_probabilities():
 def test_a_tiny_temperature_is_greedy():
     logits = 50 * torch.randn(4, 100)
     assert torch.equal(sample(logits, torch.arange(4), torch.arange(4), temperature=1e-45), logits.argmax(-1))
+    assert torch.equal(sample(logits, torch.arange(4), torch.arange(4), temperature=1e-300), logits.argmax(-1))
 
 
 def test_temperature_sharpens():

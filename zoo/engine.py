@@ -161,8 +161,8 @@ class Engine:
                 f"the {method.name} cache would take {planned.nbytes / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are "
                 "free: lower the budget, max_new_tokens, max_context or the batch"
             )
-        self._most_tokens = most
         self.cache = ArenaCache(planned, self._device, compiled=self._compile)
+        self._most_tokens = most
 
     def _prompt_budget(self, tokens: int, most: int) -> int:
         """Mean tokens per KV head to keep of a prompt of so many tokens, of which the arena holds at most so many."""
@@ -231,10 +231,9 @@ class Engine:
         rows = _as_rows(more)
         if len(rows) != len(self.tokens_seen):
             raise ValueError(f"extend got {len(rows)} rows, the conversation has {len(self.tokens_seen)}")
-        rows = [[*pending, *ids] for pending, ids in zip(self._pending, rows, strict=True)]
-        self._check(rows, seen=self.tokens_seen)
+        self._check(rows, seen=[n + len(ids) for n, ids in zip(self.tokens_seen, self._pending, strict=True)])
         self._turn = object()
-        return self._take_in(rows)
+        return self._take_in([[*pending, *ids] for pending, ids in zip(self._pending, rows, strict=True)])
 
     def _check(self, prompts: list[list[int]], seen: list[int]) -> None:
         if not prompts:
@@ -290,7 +289,6 @@ class Engine:
         last_B = torch.tensor(lengths, device=self._device).clamp(min=1) - 1
         return self.model.logits(x_BTE[torch.arange(len(rows), device=self._device), last_B])
 
-    @torch.inference_mode()
     def step(self, token_B: Tensor | Sequence[int], active_B: Tensor | Sequence[bool] | None = None) -> Tensor:
         """Decode one token per row.
 
@@ -318,10 +316,18 @@ class Engine:
             )
         if any(self.is_full(row) for row in range(batch) if active[row]):
             raise ValueError(f"the context of {self.max_context} tokens is full: reset, or make the engine larger")
-        token_BT = torch.as_tensor(token_B, device=self._device)[:, None]
+        self._turn = object()
+        return self._step(torch.as_tensor(token_B, device=self._device), active)
+
+    @torch.inference_mode()
+    def _step(self, token_B: Tensor, active: list[bool]) -> Tensor:
         self.cache.begin_step(torch.tensor(active, device=self._device))
         x_BTE = self.model.hidden(
-            token_BT, self.cache.position[:, None], self.cache, context=self._context, run_block=self._run_block
+            token_B[:, None],
+            self.cache.position[:, None],
+            self.cache,
+            context=self._context,
+            run_block=self._run_block,
         )
         logits_BV = self._run_head(self.model, x_BTE[:, -1])
         self.cache.end_step()
@@ -364,7 +370,7 @@ class Engine:
         sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
         limit = self._checked_limit(max_new_tokens, seed, sampling)
         logits_BV = self.prefill(prompts)
-        new: list[list[int]] = [[] for _ in prompts]
+        new: list[list[int]] = [[] for _ in self.tokens_seen]
         for tokens, active in self._decode(logits_BV, limit, seed, sampling):
             for ids, token, flag in zip(new, tokens, active, strict=True):
                 if flag:
@@ -409,6 +415,9 @@ class Engine:
             yield tokens[0]
 
     def _checked_limit(self, limit: int | None, seed: int, sampling: dict[str, float]) -> int:
+        for name, value in {"max_new_tokens": limit, "top_k": sampling["top_k"], "seed": seed}.items():
+            if value is not None and not hasattr(value, "__index__"):
+                raise ValueError(f"{name} must be a whole number, not {value!r}")
         check_sampling(**sampling)  # type: ignore[arg-type]
         if not 0 <= seed < 2**62:
             raise ValueError(f"seed must be from 0 to 2**62 - 1, not {seed}")
@@ -434,10 +443,10 @@ class Engine:
                 return
             self._pending = [[token] if flag else [] for token, flag in zip(tokens, active, strict=True)]
             yield tokens, active
-            if turn is not self._turn:
-                raise ValueError("this answer cannot go on: another turn of the conversation has begun since")
             if count + 1 < limit:
-                logits_BV = self.step(token_B, active)
+                if turn is not self._turn:
+                    raise ValueError("this answer cannot go on: another turn of the conversation has begun since")
+                logits_BV = self._step(token_B, active)
 
     def stats(self) -> Stats:
         """What the cache holds now."""

@@ -20,7 +20,8 @@ class ArenaCache:
     serves every prompt. Attention does not depend on the order of slots within a region.
 
     A `PromptPass` fills the cache. Then, per token: `begin_step`, `attend` once per layer, `end_step`. A step that is
-    interrupted before `end_step` leaves the cache as it was.
+    interrupted before `end_step` has not happened for any later prompt or step; only a full ring has lost its oldest
+    token.
 
     Args:
         shape: sizes and dtype.

@@ -114,7 +114,11 @@ class PromptPass:
         filled_BHC = self._past_C < length_BH1
         index_BHC = torch.where(filled_BHC, offset_BH1 + self._past_C, offset_BH1)
         row_B11 = torch.arange(len(k_BHTD), device=k_BHTD.device)[:, None, None]
-        pos_BHC, order_BHC = self._past_pos[row_B11, index_BHC].masked_fill(~filled_BHC, -1).sort(dim=-1)
+        # A step that was interrupted may have stored its token, whose position is not behind us yet, in some layers.
+        pos_BHC = self._past_pos[row_B11, index_BHC]
+        filled_BHC = filled_BHC & (pos_BHC >= 0) & (pos_BHC < self.position_BT[:, :1, None])
+        index_BHC = torch.where(filled_BHC, index_BHC, offset_BH1)
+        pos_BHC, order_BHC = pos_BHC.masked_fill(~filled_BHC, -1).sort(dim=-1)
         index_BHC = index_BHC.gather(-1, order_BHC)
         return (
             torch.cat((self._past_k[row_B11, index_BHC], k_BHTD), dim=2),
