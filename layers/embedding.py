@@ -14,6 +14,11 @@ class Embedding(nn.Module):
         vocab_size: rows of the table, V.
         hidden_size: columns of the table, E.
 
+    Attributes:
+        weight: (V, E), int8 once quantised.
+        scale: (V,) fp32, what one unit of each quantised row is worth, or None.
+        dtype: of what a quantised table gives, or None.
+
     Example:
         >>> import torch
         >>> embed = Embedding(3, 2)
@@ -25,7 +30,13 @@ class Embedding(nn.Module):
     def __init__(self, vocab_size: int, hidden_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+        self.scale: Tensor | None
+        self.register_buffer("scale", None)
+        self.dtype: torch.dtype | None = None
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         """Embed ids (B, T) to (B, T, E)."""
-        return F.embedding(ids_BT, self.weight)
+        x_BTE = F.embedding(ids_BT, self.weight)
+        if self.scale is not None:
+            x_BTE = (x_BTE * self.scale[ids_BT][..., None]).to(self.dtype)
+        return x_BTE

@@ -27,7 +27,7 @@ class ArenaShape:
 
     Example:
         >>> shape = ArenaShape(batch=1, num_layers=2, num_kv_heads=1, head_dim=4, slots=10, dtype=torch.float32)
-        >>> shape.nbytes == 10 * (2 * 4 * 4 + 4) + 2 * 6 * 4 + 2 * 4 + 1 + 10 * 4
+        >>> shape.nbytes == 10 * (2 * 4 * 4 + 4) + 2 * 6 * 4 + 2 * 4 + 1
         True
     """
 
@@ -51,13 +51,12 @@ class ArenaShape:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of everything that the arena allocates, the numbers of the slots, which all rows share, included."""
-        return self.batch * (self.slots * self.slot_bytes + self.row_overhead_bytes) + self.slots * INT32_BYTES
+        """Bytes of everything that the arena allocates."""
+        return self.batch * (self.slots * self.slot_bytes + self.row_overhead_bytes)
 
     def slots_within(self, nbytes: int) -> int:
         """How many slots per row fit into a number of bytes for the whole arena."""
-        free = nbytes - self.batch * self.row_overhead_bytes
-        return max(0, free // (self.batch * self.slot_bytes + INT32_BYTES))
+        return max(0, nbytes // self.batch - self.row_overhead_bytes) // self.slot_bytes
 
 
 def offsets(capacity_BLH: Tensor) -> Tensor:

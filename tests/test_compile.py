@@ -28,18 +28,18 @@ def test_one_compilation_serves_everything(cache, windows):
     counters.clear()
     loaded = make_loaded(windows=windows)
     options = {"cache": cache, "budget": 24, "max_new_tokens": 10, "max_context": 400}
-    compiled, eager = Engine(loaded, compile=True, **options), Engine(loaded, **options)
+    compiled, eager = Engine(loaded, compile="inductor", **options), Engine(loaded, **options)
     compiled.prefill(tokens(40))
     compiled.step([1])
-    assert counters["stats"]["unique_graphs"] == 2, "one graph for the blocks of all layers, one for the head"
+    assert counters["stats"]["unique_graphs"] == 1, "one graph for the blocks of all layers"
     pointers = {name: t.data_ptr() for name, t in vars(compiled.cache).items() if isinstance(t, torch.Tensor)}
-    with dynamo_config.patch(error_on_recompile=True):
+    with dynamo_config.patch(error_on_recompile="inductor"):
         for prompt in PROMPTS:
             close(conversation(compiled, prompt), conversation(eager, prompt))
-        other_budget = Engine(loaded, compile=True, **{**options, "budget": 48})
+        other_budget = Engine(loaded, compile="inductor", **{**options, "budget": 48})
         other_budget.prefill(tokens(300))
         other_budget.step([1])
-    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
     assert all(getattr(compiled.cache, name).data_ptr() == pointer for name, pointer in pointers.items())
 
 
@@ -47,20 +47,38 @@ def test_layers_of_two_kinds_take_two_compilations():
     torch._dynamo.reset()
     counters.clear()
     loaded = make_loaded(windows=(None, 24, 24))
-    engine = Engine(loaded, cache="full", max_context=200, compile=True)
+    engine = Engine(loaded, cache="full", max_context=200, compile="inductor")
     close(engine.prefill(PROMPTS[0]), Engine(loaded, cache="full", max_context=200).prefill(PROMPTS[0]))
     for _ in range(5):
         engine.step([1])
-    assert counters["stats"]["unique_graphs"] == 3
+    assert counters["stats"]["unique_graphs"] == 2
 
 
 def test_a_ragged_batch_compiles_once_too():
     torch._dynamo.reset()
     loaded = make_loaded()
     options = {"cache": "snapkv:window=4,recent=4", "budget": 24, "max_new_tokens": 10, "max_context": 400}
-    compiled, eager = Engine(loaded, compile=True, **options), Engine(loaded, **options)
+    compiled, eager = Engine(loaded, compile="inductor", **options), Engine(loaded, **options)
     first = tokens(50, 90, 20)
     close(conversation(compiled, first), conversation(eager, first))
-    with dynamo_config.patch(error_on_recompile=True):
+    with dynamo_config.patch(error_on_recompile="inductor"):
         second = tokens(10, 190, 120, seed=9)
         close(conversation(compiled, second), conversation(eager, second))
+
+
+@pytest.mark.parametrize("cache", ["headkv:window=4,recent=4", "full", "streaming"])
+@pytest.mark.parametrize("windows", [(None, None, None), (24, None, 24)], ids=["full", "sliding"])
+def test_fused_blocks_give_the_numbers_of_plain_ones(cache, windows):
+    loaded = make_loaded(windows=windows)
+    options = {"cache": cache, "budget": 24, "max_new_tokens": 10, "max_context": 400}
+    fused, plain = Engine(loaded, compile=True, **options), Engine(loaded, **options)
+    fused.prefill(tokens(40))
+    pointers = {name: t.data_ptr() for name, t in vars(fused.cache).items() if isinstance(t, torch.Tensor)}
+    for prompt in PROMPTS:
+        close(conversation(fused, prompt), conversation(plain, prompt))
+    assert all(getattr(fused.cache, name).data_ptr() == pointer for name, pointer in pointers.items())
+    ragged = tokens(50, 90, 20)
+    close(conversation(fused, ragged), conversation(plain, ragged))
+    many = tokens(*range(10, 20))
+    close(fused.prefill(many), plain.prefill(many))
+    close(fused.step([1] * 10), plain.step([1] * 10))

@@ -63,7 +63,7 @@ def _main(argv: Sequence[str] | None) -> None:
 def _reply(args: argparse.Namespace, prompt: str) -> None:
     loaded = cli.load_model(args)
     ids = loaded.chat.encode([*opening(args.system), {"role": "user", "content": prompt}])
-    engine = cli.make_engine(args, loaded, compiled=bool(args.compile), prompt=ids)
+    engine = cli.make_engine(args, loaded, prompt=ids)
     answer = Answer(engine, ids, cli.sampling(args))
     show(answer)
     if answer.is_cut:
@@ -79,7 +79,7 @@ def _interact(args: argparse.Namespace) -> None:
     if args.allow_overflow and args.max_context is None:
         raise ValueError("--allow-overflow needs --max-context N here: say how long the chat may become")
     loaded = cli.load_model(args)
-    engine = _ready_engine(args, loaded)
+    engine = cli.make_engine(args, loaded)
     loop = _Loop(Conversation(engine, system=args.system, sampling=cli.sampling(args)), with_figures=args.stats)
     if not sys.stdin.isatty():
         return loop.run()
@@ -87,29 +87,6 @@ def _interact(args: argparse.Namespace) -> None:
     note(f"{loaded.name}, {engine.method.name} cache{budget}, context {engine.max_context:,} tokens; /help for help")
     with _line_editing():
         loop.run()
-
-
-@cli.starting()
-def _ready_engine(args: argparse.Namespace, loaded: Loaded) -> Engine:
-    """The engine of a chat, already compiled where that is possible."""
-    if args.compile is False:
-        return cli.make_engine(args, loaded, compiled=False)
-    if not cli.has_compiler():
-        note("no C++ compiler: running uncompiled, which is slower; install g++, or silence this with --no-compile")
-        return cli.make_engine(args, loaded, compiled=False)
-    engine = cli.make_engine(args, loaded, compiled=True)
-    try:
-        with cli.waiting("Compiling; later starts find this done"):
-            engine.prefill([[0]])
-            engine.step([0])
-            engine.reset()
-        return engine
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
-        if args.compile:
-            raise ValueError(f"compiling failed ({reason}): repair the C++ compiler, or pass --no-compile") from error
-        note(f"compiling failed ({reason}): running uncompiled, which is slower; --no-compile skips the attempt")
-        return cli.make_engine(args, loaded, compiled=False)
 
 
 @contextmanager

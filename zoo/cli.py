@@ -6,7 +6,6 @@ import argparse
 import gc
 import math
 import os
-import shutil
 import sys
 import threading
 import traceback
@@ -17,8 +16,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from checkpoints.importance import METHODS
 from checkpoints.resolve import ALIASES, DEFAULT_MODEL
+from kernels import native
 from layers.budget import parse_budget
-from zoo.load import DTYPES, Loaded, load
+from zoo.load import DTYPES, WEIGHTS, Loaded, load
 
 # torch takes seconds to import: `--help` and wrong options do not wait for it.
 if TYPE_CHECKING:
@@ -140,6 +140,9 @@ def parser(program: str, description: str, examples: str) -> argparse.ArgumentPa
     )
     model.add_argument("--dtype", default="float32", metavar="D", help=f"{', '.join(DTYPES)} (default: %(default)s)")
     model.add_argument(
+        "--weights", choices=WEIGHTS, help="int8: matrices in 8 bits, a scale per row (default: as --dtype)"
+    )
+    model.add_argument(
         "--device", default="cpu", metavar="D", help="where to run, e.g. cpu or cuda (default: %(default)s)"
     )
     model.add_argument("--threads", type=_whole(1, 1024), metavar="N", help="CPU threads (default: torch decides)")
@@ -210,7 +213,7 @@ def parser(program: str, description: str, examples: str) -> argparse.ArgumentPa
 
     running = made.add_argument_group("running")
     running.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, help="compile the model's blocks: a slow start, then faster"
+        "--compile", action=argparse.BooleanOptionalAction, help="decode through compiled code (default: where there is a C++ compiler; on a GPU only in a chat)"
     )
     running.add_argument("--stats", action="store_true", help="after each answer, what the cache held and the speed")
     running.add_argument("--list", action="store_true", help="show models, cache methods and dtypes, and leave")
@@ -338,11 +341,15 @@ def load_model(args: argparse.Namespace) -> Loaded:
         raise ValueError(f"--cache {method.name} does not use head importance: drop --importance {args.importance}")
     if args.compile and not has_compiler():
         raise ValueError("--compile needs a C++ compiler and there is none: install g++, or pass --no-compile")
+    if args.compile is not False and args.device == "cpu":
+        native.start()
     if args.threads is not None:
         import torch
 
         torch.set_num_threads(args.threads)
-    return load(args.model, dtype=args.dtype, device=args.device, progress=sys.stderr.isatty())
+    return load(
+        args.model, dtype=args.dtype, weights=args.weights, device=args.device, progress=sys.stderr.isatty()
+    )
 
 
 def described(spec: str) -> Method:
@@ -359,13 +366,30 @@ def described(spec: str) -> Method:
 
 
 def has_compiler() -> bool:
-    """Whether there is the C++ compiler that torch.compile would call."""
-    return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")) is not None
+    """Whether there is a C++ compiler."""
+    return native.compiler() is not None
 
 
-def make_engine(
-    args: argparse.Namespace, loaded: Loaded, *, compiled: bool, prompt: Sequence[int] | None = None
-) -> Engine:
+def _compiles(args: argparse.Namespace, *, interactive: bool) -> bool:
+    """Whether to decode through compiled code: as the options say, else where starting it is quick or pays.
+
+    Raises:
+        ValueError: it is wanted and the C++ compiler does not work.
+    """
+    if args.compile is False or (args.compile is None and args.device != "cpu" and not interactive):
+        return False
+    try:
+        with waiting("Compiling; later starts find this done"):
+            native.load()
+    except RuntimeError as error:
+        if args.compile:
+            raise ValueError(f"compiling failed ({error}): repair the C++ compiler, or pass --no-compile") from error
+        note(f"{error}: running uncompiled, which is slower; install g++, or silence this with --no-compile")
+        return False
+    return True
+
+
+def make_engine(args: argparse.Namespace, loaded: Loaded, *, prompt: Sequence[int] | None = None) -> Engine:
     """An engine as the options want it: for the whole context, or for one prompt and its answer.
 
     Raises:
@@ -395,7 +419,7 @@ def make_engine(
         budget=args.budget,
         max_new_tokens=limit,
         max_context=context,
-        compile=compiled,
+        compile=_compiles(args, interactive=prompt is None),
         importance=args.importance,
         allow_overflow=args.allow_overflow,
     )

@@ -6,19 +6,23 @@ import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from kernels import native
+from kernels.few_rows_linear import MOST_ROWS
 from layers.block import Block
 from layers.budget import Budget, parse_budget
 from layers.cache.arena import ArenaCache
 from layers.cache.prompt import PromptPass
+from layers.fused import FusedBlock
 from layers.methods import build_method, needs_importance
 from layers.plan import ArenaShape
 from layers.sampler import check_sampling, sample
-from zoo.family import Decoder
 from zoo.load import Loaded, head_importance
 
 
@@ -61,13 +65,15 @@ class Engine:
             it the oldest generated tokens make place. The full cache has none of its own: all of it is room.
         max_context: tokens of a conversation at most; None takes the model's trained context. A full cache is as large.
         batch: rows to allocate now.
-        compile: compile blocks for decoding (torch.compile, one compilation for all layers).
+        compile: decode through compiled code. True takes what is fastest: on a CPU and up to 8 rows one C++ operator
+            per block (built once per machine), else torch.compile, once for all layers; "inductor" takes torch.compile
+            in any case.
         importance: head-importance file for methods that need one; None takes the one that ships for the model.
         chunk_tokens: prompts longer than this are taken in chunks of as many tokens, compressed after each.
         allow_overflow: allow conversations longer than the model's trained context.
 
     Raises:
-        ValueError: unknown method or option, **or** a budget that cannot be read or is below sinks and window, **or**
+        ValueError: unknown method or option, **or** compiling is wanted and no compiler works, **or** a budget that cannot be read or is below sinks and window, **or**
             sizes that are not positive, **or** a context beyond the model's, **or** a cache larger than free memory.
         CheckpointError: no usable head importance.
 
@@ -86,7 +92,7 @@ class Engine:
         decode_room: int | None = None,
         max_context: int | None = None,
         batch: int = 1,
-        compile: bool = False,
+        compile: bool | Literal["inductor"] = False,
         importance: str | Path | None = None,
         chunk_tokens: int = 16_384,
         allow_overflow: bool = False,
@@ -117,11 +123,14 @@ class Engine:
         if self.method.default_budget is not None:
             self.budget = parse_budget(self.method.default_budget if budget is None else budget)
         self._room = room if self.budget else 0
-        weight = self.model.embed.weight
+        weight = self.model.norm.weight
         self._device, self._dtype = weight.device, weight.dtype
         self._compile = compile
-        self._run_block = _compiled(Block.forward) if compile else Block.forward
-        self._run_head = _compiled(Decoder.logits) if compile else Decoder.logits
+        if compile and self._device.type == "cpu":
+            try:
+                native.load()
+            except RuntimeError as error:
+                raise ValueError(f"cannot compile ({error}): install g++, or run uncompiled") from error
         self._allocate(batch)
         self.reset()
 
@@ -161,8 +170,16 @@ class Engine:
                 f"the {method.name} cache would take {planned.nbytes / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are "
                 "free: lower the budget, max_new_tokens, max_context or the batch"
             )
-        self.cache = ArenaCache(planned, self._device, compiled=self._compile)
+        fused = self._compile is True and self._device.type == "cpu" and batch <= MOST_ROWS
+        self.cache = ArenaCache(planned, self._device, compiled=bool(self._compile) and not fused)
         self._most_tokens = most
+        self._blocks: list[Callable[..., Tensor]] = list(self.model.blocks)
+        if fused:
+            self._blocks = [FusedBlock(block) for block in self.model.blocks]
+        elif self._compile:
+            # Inductor would otherwise test-compile every vector extension: over half of a cold start.
+            compiled = torch.compile(Block.forward, fullgraph=True, options={"cpp.vec_isa_ok": True})
+            self._blocks = [partial(compiled, block) for block in self.model.blocks]
 
     def _prompt_budget(self, tokens: int, most: int) -> int:
         """Mean tokens per KV head to keep of a prompt of so many tokens, of which the arena holds at most so many."""
@@ -327,9 +344,9 @@ class Engine:
             self.cache.position[:, None],
             self.cache,
             context=self._context,
-            run_block=self._run_block,
+            blocks=self._blocks,
         )
-        logits_BV = self._run_head(self.model, x_BTE[:, -1])
+        logits_BV = self.model.logits(x_BTE[:, -1])
         self.cache.end_step()
         self.tokens_seen = [seen + flag for seen, flag in zip(self.tokens_seen, active, strict=True)]
         self._pending = [[] if flag else ids for flag, ids in zip(active, self._pending, strict=True)]
@@ -469,12 +486,6 @@ def _as_rows(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         return [[operator.index(token) for token in ids] for ids in prompts]
     except TypeError:
         raise ValueError("token ids must be whole numbers, in one sequence per row: [[1, 2, 3], [4, 5]]") from None
-
-
-def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    # Inductor would otherwise test-compile every vector extension in a process of its own: over half of a cold start.
-    compiled: Callable[..., Tensor] = torch.compile(function, fullgraph=True, options={"cpp.vec_isa_ok": True})
-    return compiled
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +74,7 @@ class Decoder(nn.Module):
         cache: KVCache,
         *,
         context: int | Sequence[int],
-        run_block: Callable[..., Tensor] = Block.forward,
+        blocks: Iterable[Callable[..., Tensor]] | None = None,
     ) -> Tensor:
         """Hidden states after the last block, before the final norm.
 
@@ -83,22 +83,23 @@ class Decoder(nn.Module):
             position_BT: their absolute positions.
             cache: stores keys and values and attends.
             context: tokens of the sequence, or of each row's, for RoPE scalings that depend on it.
-            run_block: how a block is called, e.g. a compiled `Block.forward`.
+            blocks: stand-ins for the model's blocks, one per layer; None takes the blocks themselves.
 
         Returns:
             (B, T, E).
         """
         x_BTE: Tensor = self.embed(ids_BT)
         rotation = self.rope(position_BT, context)
-        for block in self.blocks:
-            x_BTE = run_block(block, x_BTE, rotation, cache)
+        for block in blocks or self.blocks:
+            x_BTE = block(x_BTE, rotation, cache)
         return x_BTE
 
     def logits(self, x: Tensor) -> Tensor:
         """Final norm and output head: (..., E) to (..., V)."""
         x = self.norm(x)
-        logits: Tensor = linear(x, self.embed.weight) if self.head is None else self.head(x)
-        return logits
+        if self.head is not None:
+            return self.head(x)  # type: ignore[no-any-return]
+        return linear(x, self.embed.weight, scale=self.embed.scale)
 
 
 def rotary_embedding(config: RopeConfig, head_dim: int) -> rope.RotaryEmbedding:

@@ -36,7 +36,7 @@ def _main(argv: Sequence[str] | None) -> None:
         raise ValueError("there is no prompt: give --prompt TEXT or --prompt-file P (- is standard input)")
     loaded = cli.load_model(args)
     ids = loaded.tokenizer.encode(prompt, bos=loaded.tokenizer.adds_bos)
-    engine = cli.make_engine(args, loaded, compiled=bool(args.compile), prompt=ids)
+    engine = cli.make_engine(args, loaded, prompt=ids)
     answer = Answer(engine, ids, cli.sampling(args))
     show(answer)
     if args.stats:

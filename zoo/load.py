@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from zoo.family import Decoder
 
 DTYPES = ("float32", "bfloat16", "float16")
+WEIGHTS = ("int8",)
 _PACKAGED_IMPORTANCE = Path(__file__).with_name("importance")
 
 
@@ -44,12 +45,20 @@ class Loaded:
     config: ModelConfig
 
 
-def load(name: str = DEFAULT_MODEL, *, dtype: str = "float32", device: str = "cpu", progress: bool = True) -> Loaded:
+def load(
+    name: str = DEFAULT_MODEL,
+    *,
+    dtype: str = "float32",
+    weights: str | None = None,
+    device: str = "cpu",
+    progress: bool = True,
+) -> Loaded:
     """Load a model.
 
     Args:
         name: an alias, a checkpoint directory, a .gguf file or a hub id.
         dtype: "float32", "bfloat16" or "float16".
+        weights: "int8" stores matrices in 8 bits, with a scale per row (`layers.quantize`); None stores them in dtype.
         device: where the model runs, e.g. "cpu" or "cuda".
         progress: show progress bars on stderr.
 
@@ -58,15 +67,18 @@ def load(name: str = DEFAULT_MODEL, *, dtype: str = "float32", device: str = "cp
 
     Raises:
         CheckpointError: the checkpoint cannot be found or used.
-        ValueError: unknown dtype, **or** a device that is not there.
+        ValueError: unknown dtype or kind of weights, **or** a device that is not there.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not supported: choose from {', '.join(DTYPES)}")
+    if weights not in (None, *WEIGHTS):
+        raise ValueError(f"weights {weights!r} are not supported: choose from {', '.join(WEIGHTS)}, or leave it out")
     import torch
 
     from checkpoints.chat import load_chat
     from checkpoints.tokenizer import load_tokenizer
     from checkpoints.weights import load_state
+    from layers.quantize import quantize_weights
     from zoo.family import Decoder
 
     place = checked_device(device)
@@ -79,6 +91,8 @@ def load(name: str = DEFAULT_MODEL, *, dtype: str = "float32", device: str = "cp
     state = load_state(path, config, dtype=getattr(torch, dtype), device=str(place), progress=progress)
     model.load_state_dict(state, assign=True)
     model = model.to(place).eval().requires_grad_(False)
+    if weights == "int8":
+        quantize_weights(model)
     return Loaded(name=name, model=model, tokenizer=tokenizer, chat=chat, config=config)
 
 

@@ -10,8 +10,6 @@ from kernels.ragged_decode import ragged_decode
 from layers.compress.decode_rules import ring_slot
 from layers.plan import ArenaShape, offsets
 
-_SPAN_STEP = 128
-
 
 class ArenaCache:
     """Keys, values and positions of a fixed number of slots, and the tables that say whose they are.
@@ -26,7 +24,7 @@ class ArenaCache:
     Args:
         shape: sizes and dtype.
         device: where it lives.
-        compiled: whether `attend` will be compiled; then its sizes are marked so that no other size recompiles.
+        compiled: whether `attend` will be compiled; then the number of slots is marked as one that may change.
 
     Attributes:
         k: (B, slots, D) keys after RoPE.
@@ -64,15 +62,13 @@ class ArenaCache:
             for tensor in (self.k, self.v, self.pos):
                 torch._dynamo.mark_dynamic(tensor, 1)
         self._active_B = torch.ones(B, dtype=torch.bool, device=device)
-        self._numbers = torch.arange(shape.slots, dtype=torch.int32, device=device)
-        self._slot_C = self._numbers[:0]
         self.reset()
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated, of everything that the cache owns."""
         tables = (self.offset, self.capacity, self.kept, self.ring_start, self.length, self._slot)
-        small = (self.position, self.generated, self._active_B, self._numbers)
+        small = (self.position, self.generated, self._active_B)
         return sum(tensor.nbytes for tensor in (self.k, self.v, self.pos, *tables, *small))
 
     def reset(self) -> None:
@@ -112,26 +108,24 @@ class ArenaCache:
         held_BLH = self.kept + (self.generated + active_B)[:, None, None]
         self.length.copy_(torch.minimum(held_BLH, self.capacity))
         self.max_length = min(self.max_length + 1, self.max_capacity)
-        span = min(-(-self.max_length // _SPAN_STEP) * _SPAN_STEP, self.max_capacity)
-        if len(self._slot_C) != span:
-            self._slot_C = self._numbers[:span]
-            if self._compiled:
-                torch._dynamo.mark_dynamic(self._slot_C, 0)
 
     def end_step(self) -> None:
         """Count the token that every active row has stored."""
         self.generated += self._active_B
         self.position += self._active_B
 
+    def decode_tables(self, layer_1: Tensor) -> tuple[Tensor, ...]:
+        """What `kernels.decode_block` needs of the cache, within a step."""
+        tables = self._slot, self.offset, self.length
+        return (self.k, self.v, self.pos, *tables, layer_1, self.position, self._active_B)
+
     def attend(self, layer_1: Tensor, q_BTND: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, window: int | None) -> Tensor:
         """Store one token per row and attend to everything kept; see `layers.cache.base.KVCache`."""
-        slot_BH, offset_BH, length_BH = (
-            table.index_select(1, layer_1).squeeze(1) for table in (self._slot, self.offset, self.length)
-        )
+        k_BHD, v_BHD = k_BTHD.squeeze(1), v_BTHD.squeeze(1)
         ragged_append(
-            self.k, self.v, self.pos, slot_BH, k_BTHD.squeeze(1), v_BTHD.squeeze(1), self.position, self._active_B
+            self.k, self.v, self.pos, self._slot, layer_1, k_BHD, v_BHD, self.position, self._active_B
         )
         o_BND = ragged_decode(
-            q_BTND.squeeze(1), self.k, self.v, self.pos, offset_BH, length_BH, self._slot_C, self.position, window
+            q_BTND.squeeze(1), self.k, self.v, self.pos, self.offset, self.length, layer_1, self.position, window
         )
         return o_BND[:, None]
