@@ -22,7 +22,7 @@ from checkpoints.gguf import GgufFile
 from checkpoints.meta_pth import MetaShards, open_pickle
 from checkpoints.storage import atomic_file, cache_home, exclusive, progress_bar
 
-_HUGGINGFACE = {
+HUGGINGFACE_NAMES = {
     "embed": "model.embed_tokens",
     "norm": "model.norm",
     "head": "lm_head",
@@ -38,7 +38,7 @@ _HUGGINGFACE = {
     "up": "model.layers.{}.mlp.up_proj",
     "down": "model.layers.{}.mlp.down_proj",
 }
-_GGUF = {
+GGUF_NAMES = {
     "embed": "token_embd",
     "norm": "output_norm",
     "head": "output",
@@ -74,7 +74,7 @@ _SAFETENSORS_NAME = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Part:
+class Part:
     """One tensor of a checkpoint: some or all rows of one of ours."""
 
     key: str
@@ -110,7 +110,7 @@ class _Source:
     names: Mapping[str, str]
     interleaved: bool
 
-    def name(self, part: _Part) -> str:
+    def name(self, part: Part) -> str:
         return f"{self.names[part.key].format(part.layer)}.{part.suffix}"
 
 
@@ -132,7 +132,7 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         >>> expected_shapes(config)["blocks.0.attention.qkv.weight"]
         (16, 8)
     """
-    return {name: _fused_shape(parts) for name, parts in _layout(config).items()}
+    return {name: _fused_shape(parts) for name, parts in layout(config).items()}
 
 
 def load_state(
@@ -166,17 +166,24 @@ def load_state(
     return dict(_stream(source, config, dtype, torch.device(device), label="Reading weights", progress=progress))
 
 
-def _layout(config: ModelConfig) -> dict[str, tuple[_Part, ...]]:
-    """Each of our tensors and the parts of the checkpoint that make its rows, from the first row to the last."""
-    layout: dict[str, tuple[_Part, ...]] = {}
+def layout(config: ModelConfig) -> dict[str, tuple[Part, ...]]:
+    """Where the rows of each of our tensors come from.
+
+    Args:
+        config: the configuration.
+
+    Returns:
+        Our name -> the tensors of a checkpoint that make its rows, from the first row to the last.
+    """
+    layout: dict[str, tuple[Part, ...]] = {}
 
     def add(name: str, rows: Mapping[str, int], *columns: int, layer: int | None = None, bias: bool = False) -> None:
         layout[f"{name}.weight"] = tuple(
-            _Part(key=key, layer=layer, suffix="weight", shape=(count, *columns)) for key, count in rows.items()
+            Part(key=key, layer=layer, suffix="weight", shape=(count, *columns)) for key, count in rows.items()
         )
         if bias:
             layout[f"{name}.bias"] = tuple(
-                _Part(key=key, layer=layer, suffix="bias", shape=(count,)) for key, count in rows.items()
+                Part(key=key, layer=layer, suffix="bias", shape=(count,)) for key, count in rows.items()
             )
 
     width, mlp_width, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
@@ -201,12 +208,12 @@ def _layout(config: ModelConfig) -> dict[str, tuple[_Part, ...]]:
     return layout
 
 
-def _fused_shape(parts: tuple[_Part, ...]) -> tuple[int, ...]:
+def _fused_shape(parts: tuple[Part, ...]) -> tuple[int, ...]:
     return (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
 
 
 def _check(source: _Source, config: ModelConfig) -> None:
-    wanted = {source.name(part): part.shape for parts in _layout(config).values() for part in parts}
+    wanted = {source.name(part): part.shape for parts in layout(config).values() for part in parts}
     shapes = {name: shape for name, shape in source.reader.shapes.items() if not _HARMLESS.fullmatch(name)}
     embed, head = (f"{source.names[key]}.weight" for key in ("embed", "head"))
     duplicate = shapes.pop(head, None) if config.tie_embeddings else None
@@ -239,14 +246,14 @@ def _stream(
     """Make our tensors one after the other."""
     with progress_bar(label, _nbytes(config, dtype), enabled=progress) as report:
         done = 0
-        for name, parts in _layout(config).items():
+        for name, parts in layout(config).items():
             yield name, _fused(source, parts, config.head_dim, dtype, device)
             done += math.prod(_fused_shape(parts)) * dtype.itemsize
             report(done)
 
 
 def _fused(
-    source: _Source, parts: tuple[_Part, ...], head_dim: int, dtype: torch.dtype, device: torch.device
+    source: _Source, parts: tuple[Part, ...], head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     tensor = torch.empty(_fused_shape(parts), dtype=dtype, device=device)
     row = 0
@@ -256,7 +263,7 @@ def _fused(
     return tensor
 
 
-def _fill(target: torch.Tensor, source: _Source, part: _Part, head_dim: int) -> None:
+def _fill(target: torch.Tensor, source: _Source, part: Part, head_dim: int) -> None:
     stored = source.reader.read(source.name(part))
     if not stored.is_floating_point():
         raise CheckpointError(f"{source.path}: {source.name(part)} holds {stored.dtype}, not floating-point numbers")
@@ -319,7 +326,7 @@ def _open_directory(path: Path, config: ModelConfig) -> _Source:
         raise CheckpointError(
             f"{path} has no weights: neither model.safetensors nor pytorch_model.bin, whole or with an .index.json"
         )
-    return _Source(path=path, reader=reader, names=_HUGGINGFACE, interleaved=False)
+    return _Source(path=path, reader=reader, names=HUGGINGFACE_NAMES, interleaved=False)
 
 
 def _shards(directory: Path, name: str) -> list[Path]:
@@ -359,7 +366,7 @@ def _load_converted(
         file = GgufFile(path)
         file.check()
         llama = file.metadata.get("general.architecture") == "llama"  # only there, llama.cpp's converter reorders
-        source = _Source(path=path, reader=file, names=_GGUF, interleaved=llama)
+        source = _Source(path=path, reader=file, names=GGUF_NAMES, interleaved=llama)
         _check(source, config)
         with exclusive(converted.parent, needed_bytes=_nbytes(config, dtype)):
             if not _is_conversion(converted, identity, config, dtype):  # another process may have made it meanwhile

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ _CACHE = (
 )
 
 
-def decode_block(x_BTE: Tensor, cos_BTd: Tensor, sin_BTd: Tensor, weights: Sequence[object], *cache: Tensor) -> Tensor:
+def decode_block(x_BTE: Tensor, cos_BTd: Tensor, sin_BTd: Tensor, weights: Sequence[Any], *cache: Tensor) -> Tensor:
     """Norm, attention over the arena, norm and gated MLP, each added to the residual stream.
 
     On a CPU this is C++ (`kernels/cpp/decode_block.cpp`) from the first norm to the last sum: between the products of a
@@ -59,7 +60,7 @@ def decode_block(x_BTE: Tensor, cos_BTd: Tensor, sin_BTd: Tensor, weights: Seque
     return y_BTE
 
 
-def reference(x_BTE: Tensor, cos_BTd: Tensor, sin_BTd: Tensor, weights: Sequence[object], *cache: Tensor) -> Tensor:
+def reference(x_BTE: Tensor, cos_BTd: Tensor, sin_BTd: Tensor, weights: Sequence[Any], *cache: Tensor) -> Tensor:
     """What `decode_block` computes, in the model's own dtype between the steps."""
     attention_norm, *rest = weights
     qkv, qkv_bias, qkv_scale, q_norm, k_norm, out, out_bias, out_scale, mlp_norm, *rest = rest
@@ -72,15 +73,14 @@ def reference(x_BTE: Tensor, cos_BTd: Tensor, sin_BTd: Tensor, weights: Sequence
     if q_norm is not None:
         q_BTND, k_BTHD = rms_norm(q_BTND, q_norm, qk_eps), rms_norm(k_BTHD, k_norm, qk_eps)
     q_BTND, k_BTHD = apply_rope(q_BTND, cos_BTd, sin_BTd), apply_rope(k_BTHD, cos_BTd, sin_BTd)
-    ragged_append.reference(
-        k_arena, v_arena, pos, slot_BLH, layer_1, k_BTHD[:, 0], v_BTHD[:, 0], position_B, active_B
-    )
+    ragged_append.reference(k_arena, v_arena, pos, slot_BLH, layer_1, k_BTHD[:, 0], v_BTHD[:, 0], position_B, active_B)
     o_BND = ragged_decode.reference(
         q_BTND[:, 0], k_arena, v_arena, pos, offset_BLH, length_BLH, layer_1, position_B, window
     )
     x_BTE = x_BTE + linear(o_BND.flatten(1)[:, None], out, out_bias, out_scale)
     gate_up_BTF = linear(rms_norm(x_BTE, mlp_norm, eps), gate_up, gate_up_bias, gate_up_scale)
-    return x_BTE + linear(silu_mul(gate_up_BTF), down, down_bias, down_scale)
+    y_BTE: Tensor = x_BTE + linear(silu_mul(gate_up_BTF), down, down_bias, down_scale)
+    return y_BTE
 
 
 torch.library.define(
@@ -89,11 +89,15 @@ torch.library.define(
 _NUM_WEIGHTS = _WEIGHTS.count(",") + 1
 
 
-@torch.library.impl("headkv::decode_block", "CompositeExplicitAutograd")
 def _reference(x_BTE: Tensor, cos_BTd: Tensor, sin_BTd: Tensor, *rest: Tensor) -> Tensor:
     return reference(x_BTE, cos_BTd, sin_BTd, rest[:_NUM_WEIGHTS], *rest[_NUM_WEIGHTS:])
 
 
-@torch.library.register_fake("headkv::decode_block")
+torch.library.impl("headkv::decode_block", "CompositeExplicitAutograd")(_reference)
+
+
 def _fake(x_BTE: Tensor, *rest: Tensor) -> Tensor:
     return torch.empty_like(x_BTE, memory_format=torch.contiguous_format)
+
+
+torch.library.register_fake("headkv::decode_block", _fake)

@@ -12,8 +12,8 @@ MOST_ROWS = 8
 def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
     """Multiply up to 8 rows by a weight matrix, reading every weight once.
 
-    BLAS libraries are made for many rows: with one row they read bf16 weights at a third of the memory's speed. On a CPU
-    this is C++ (`kernels/cpp/linear.cpp`), which sums in fp32 and gives a row the same bits alone and among others.
+    BLAS libraries are made for many rows: with one row they read bf16 weights at a third of the memory's speed. On a
+    CPU this is C++ (`kernels/cpp/linear.cpp`), which sums in fp32 and gives a row the same bits alone and among others.
 
     Args:
         x: (..., K), with 1 to 8 rows in all.
@@ -34,11 +34,9 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
     """What `few_rows_linear` computes, for any number of rows."""
-    y = F.linear(x, weight.to(x.dtype), bias if scale is None else None)
     if scale is not None:
-        y = (y * scale).to(x.dtype)
-        y = y if bias is None else y + bias
-    return y
+        weight = (weight * scale[:, None]).to(x.dtype)
+    return F.linear(x, weight, bias)
 
 
 torch.library.define("headkv::few_rows_linear", "(Tensor x, Tensor weight, Tensor? bias, Tensor? scale) -> Tensor")
@@ -47,6 +45,8 @@ torch.library.define("headkv::few_rows_linear", "(Tensor x, Tensor weight, Tenso
 torch.library.impl("headkv::few_rows_linear", "CompositeExplicitAutograd")(reference)
 
 
-@torch.library.register_fake("headkv::few_rows_linear")
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+torch.library.register_fake("headkv::few_rows_linear", _fake)

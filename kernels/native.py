@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,18 +15,23 @@ import tempfile
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _SOURCES = Path(__file__).with_name("cpp")
-_FLAGS = "-std=c++20 -O3 -march=native -fopenmp -fPIC -Wno-psabi -DTORCH_TARGET_VERSION=0x020d000000000000".split()
+_FLAGS = ["-std=c++20", "-O3", "-march=native", "-fopenmp", "-fPIC", "-Wno-psabi"]
+_FLAGS += ["-DTORCH_TARGET_VERSION=0x020d000000000000"]  # the torch whose stable interface `ops.cpp` uses
 _building: Future[Path] | None = None
 _loaded = False
 _lock = threading.Lock()
 
 
-def compiler() -> str | None:
-    """The C++ compiler that would be called: $CXX, or the first of g++ and clang++ that is there."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
-    return next((found for name in names if (found := shutil.which(name))), None)
+def compiler() -> list[str] | None:
+    """The command of the C++ compiler: $CXX, or the first of g++ and clang++ that is there; None if there is none."""
+    commands = [shlex.split(os.environ["CXX"])] if os.environ.get("CXX") else [["g++"], ["clang++"]]
+    return next((command for command in commands if command and shutil.which(command[0])), None)
 
 
 def start() -> None:
@@ -50,15 +56,39 @@ def load() -> None:
         library = _building.result()
         import torch
 
-        from kernels import decode_block, few_rows_linear, ragged_append, ragged_decode  # noqa: F401  (their schemas)
+        from kernels import (  # noqa: F401  (their schemas)
+            decode_block,
+            few_rows_linear,
+            ragged_append,
+            ragged_decode,
+            rms_norm,
+            rope,
+            silu_mul,
+        )
 
-        torch.ops.load_library(library)
+        try:
+            torch.ops.load_library(library)
+        except OSError:  # a damaged file: once more, from the sources
+            library.unlink(missing_ok=True)
+            torch.ops.load_library(_built())
         _loaded = True
+
+
+def serves(x: Tensor) -> bool:
+    """Whether these operators should work on a tensor rather than PyTorch's.
+
+    They do once they are loaded, on a CPU, outside autograd, and where no compiler fuses what PyTorch would do.
+    """
+    import torch
+
+    return _loaded and x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def _run(building: Future[Path]) -> None:
     try:
         building.set_result(_built())
+    except OSError as error:
+        building.set_exception(RuntimeError(f"the C++ operators cannot be built: {error}"))
     except BaseException as error:
         building.set_exception(error)
 
@@ -72,7 +102,7 @@ def _built() -> Path:
     assert spec is not None and spec.submodule_search_locations
     torch_folder = spec.submodule_search_locations[0]
     sources = sorted(_SOURCES.glob("*.cpp"))
-    parts = [program, *_FLAGS, importlib.metadata.version("torch"), platform.machine(), _processor()]
+    parts = [*program, *_FLAGS, importlib.metadata.version("torch"), platform.machine(), _processor()]
     parts += [file.read_text() for file in sorted(_SOURCES.iterdir()) if file.is_file()]
     library = _cache() / f"ops-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
     if library.exists():
@@ -82,24 +112,28 @@ def _built() -> Path:
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor() as pool:
         objects = [str(Path(scratch, f"{source.stem}.o")) for source in sources]
         jobs = [
-            pool.submit(_call, program, *_FLAGS, f"-I{torch_folder}/include", "-c", str(source), "-o", target)
+            pool.submit(_call, *program, *_FLAGS, f"-I{torch_folder}/include", "-c", str(source), "-o", target)
             for source, target in zip(sources, objects, strict=True)
         ]
         for job in jobs:
             job.result()
         made = Path(scratch, library.name)
-        _call(program, "-shared", "-fopenmp", *objects, f"-L{torch_folder}/lib", "-ltorch_cpu", "-o", str(made))
-        with tempfile.NamedTemporaryFile(dir=library.parent, delete=False) as file:
-            file.write(made.read_bytes())
-        Path(file.name).replace(library)
+        _call(*program, "-shared", "-fopenmp", *objects, f"-L{torch_folder}/lib", "-ltorch_cpu", "-o", str(made))
+        beside = library.with_suffix(f".{os.getpid()}")
+        try:
+            shutil.copy(made, beside)
+            beside.replace(library)
+        finally:
+            beside.unlink(missing_ok=True)
     return library
 
 
 def _call(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "error" in line] or [f"status {done.returncode}"]
-        raise RuntimeError(f"{command[0]} cannot build kernels/cpp ({lines[0].strip()})")
+        lines = done.stderr.splitlines() or [f"status {done.returncode}"]
+        reason = next((line for line in lines if "error" in line and "ld returned" not in line), lines[0])
+        raise RuntimeError(f"{command[0]} cannot build {_SOURCES.name} ({reason.strip()[:200]})")
 
 
 def _cache() -> Path:

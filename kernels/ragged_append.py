@@ -73,6 +73,8 @@ torch.library.define(
 torch.library.impl("headkv::ragged_append", "CompositeExplicitAutograd")(reference)
 
 
-@torch.library.register_fake("headkv::ragged_append")
 def _fake(*arguments: Tensor) -> None:
     pass
+
+
+torch.library.register_fake("headkv::ragged_append", _fake)

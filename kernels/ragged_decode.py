@@ -83,7 +83,8 @@ def reference(
     v_BHCD = v_arena[row_B11, index_BHC].float().masked_fill(~seen_BHC[..., None], 0.0)
     q_BHGD = q_BND.float().unflatten(1, (offset_BH1.shape[1], -1))
     score_BHGC = (q_BHGD @ k_BHCD.transpose(-1, -2) * D**-0.5).masked_fill(~seen_BHC[:, :, None], float("-inf"))
-    o_BHGD = score_BHGC.softmax(-1).nan_to_num() @ v_BHCD  # NaN where a query sees nothing
+    weight_BHGC = score_BHGC.softmax(-1).where(seen_BHC.any(-1)[:, :, None, None], 0.0)
+    o_BHGD: Tensor = weight_BHGC @ v_BHCD
     return o_BHGD.reshape(B, N, D).to(q_BND.dtype)
 
 
@@ -97,7 +98,6 @@ torch.library.define(
 torch.library.impl("headkv::ragged_decode", "CompositeExplicitAutograd")(reference)
 
 
-@torch.library.register_fake("headkv::ragged_decode")
 def _fake(
     q_BND: Tensor,
     k_arena: Tensor,
@@ -110,3 +110,6 @@ def _fake(
     window: int,
 ) -> Tensor:
     return torch.empty_like(q_BND, memory_format=torch.contiguous_format)
+
+
+torch.library.register_fake("headkv::ragged_decode", _fake)

@@ -40,6 +40,7 @@ class FusedBlock:
             return linear.weight, linear.bias, linear.scale
 
         q_norm, k_norm = attention.q_norm, attention.k_norm
+        assert isinstance(attention.layer_1, Tensor)
         self._layer_1 = attention.layer_1
         self._weights = (
             block.attention_norm.weight,

@@ -19,6 +19,7 @@ import itertools
 import json
 import os
 import shlex
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
@@ -35,8 +37,8 @@ from torch import Tensor
 
 from checkpoints.resolve import DEFAULT_MODEL
 from recipes.peers import PEERS, Contender, Ours, Point, Shared, Unsuitable
-from zoo import Loaded, bench, cli, load
-from zoo.engine import _free_bytes
+from zoo import Loaded, cli, load, machine
+from zoo.engine import free_bytes
 
 # Largest difference from our logits. In bfloat16 the programs round at different places: by up to 0.7 on the default
 # model, where one layer's wrong queries make 4 and wrongly ordered ones 7.
@@ -189,16 +191,17 @@ def summarize(lanes: Sequence[Lane], budget: int) -> list[dict[str, Any]]:
             rows.append(row | {"error": lane.error})
         elif not lane.left_out:
             assert lane.contender is not None
+            p10, median, p90 = np.percentile(lane.step_ms, [10, 50, 90]).tolist()
             rows.append(
                 row
                 | {
                     "budget": None if lane.contender.lossless else budget,
                     "note": lane.contender.note,
                     "timed_steps": len(lane.step_ms),
-                    "decode_ms": bench.percentile(lane.step_ms, 50),
-                    "decode_ms_p10": bench.percentile(lane.step_ms, 10),
-                    "decode_ms_p90": bench.percentile(lane.step_ms, 90),
-                    "prefill_s": bench.percentile(lane.prefill_s, 50),
+                    "decode_ms": median,
+                    "decode_ms_p10": p10,
+                    "decode_ms_p90": p90,
+                    "prefill_s": statistics.median(lane.prefill_s),
                     "prefill_all_s": lane.prefill_s,
                 }
             )
@@ -259,9 +262,9 @@ def _main(argv: Sequence[str]) -> None:
                 "model": args.model,
                 "dtype": dtype,
                 "threads": args.threads,
-                "commit": bench.commit(),
+                "commit": machine.commit(),
                 "command": shlex.join(["python", "-m", "recipes.bench_peers", *argv]),
-                "machine": bench.machine(loaded),
+                "machine": machine.description(torch.device("cpu")),
                 "versions": _versions(),
             }
             shared = Shared(loaded)
@@ -292,10 +295,10 @@ def _main(argv: Sequence[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    made = cli._Parser(
+    made = cli.Parser(
         prog="python -m recipes.bench_peers", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
     )
-    add, whole = made.add_argument, cli._whole(1)
+    add, whole = made.add_argument, cli.whole_number(1)
     add("--model", default=DEFAULT_MODEL, metavar="M", help="as for zoo.chat (default: %(default)s)")
     add("--dtype", nargs="+", choices=TOLERANCE, default=list(TOLERANCE), help="default: all")
     add("--context", nargs="+", type=whole, default=[512, 8192], metavar="N", help="prompt tokens (default: 512 8192)")
@@ -306,7 +309,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--peers", nargs="*", choices=PEERS, default=usual, help="default: all but static, which compiles for minutes")
     add("--steps", type=whole, default=32, metavar="N", help="timed steps per round (default: %(default)s)")
     add("--rounds", type=whole, default=3, metavar="N", help="turns of decoding (default: %(default)s)")
-    add("--threads", type=cli._whole(1, 1024), default=2, metavar="N", help="CPU threads (default: %(default)s)")
+    add("--threads", type=cli.whole_number(1, 1024), default=2, metavar="N", help="CPU threads (default: %(default)s)")
     add(
         "--compile",
         action=argparse.BooleanOptionalAction,
@@ -359,7 +362,7 @@ def _check_memory(loaded: Loaded, point: Point, contenders: int) -> None:
     per_token = (contenders + 1) * 2 * config.num_layers * config.num_kv_heads * config.head_dim
     per_token += 3 * config.intermediate_size + 4 * config.hidden_size
     needed = point.batch * point.tokens * per_token * loaded.model.embed.weight.dtype.itemsize
-    free = _free_bytes(torch.device("cpu"))
+    free = free_bytes(torch.device("cpu"))
     if needed > free:
         raise ValueError(
             f"{contenders} contenders with {point.batch} prompt(s) of {point.context} tokens take {needed:,} bytes "

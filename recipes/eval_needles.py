@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 import random
-import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,7 +28,7 @@ from checkpoints import CheckpointError
 from layers.methods.base import Method
 from recipes.needles import SPLITS, TASKS, NeedlePrompt, make_prompts
 from recipes.replay import Record, answer_logits
-from zoo import Engine, Loaded, load
+from zoo import Engine, Loaded, load, machine
 
 CACHES = ["headkv", "headkv:preset=published,beta=1.1", "snapkv", "snapkv:preset=tuned", "streaming"]
 
@@ -237,19 +236,6 @@ class _Pooled:
         return f"| {budget} | {self.mebibytes:.1f} | `{cache}` | {accuracy} | {share} | {nll} | {kinds} |"
 
 
-def _commit() -> str | None:
-    """The commit that the working tree is at, with a + when it differs from it; None outside a git repository."""
-    here = Path(__file__).parent
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m recipes.eval_needles", description=__doc__.splitlines()[0])
@@ -270,7 +256,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="CPU threads")
     args = parser.parse_args(argv)
     try:
-        commit = _commit()  # before the long part, during which the tree may change
+        commit = machine.commit()  # before the long part, during which the tree may change
         if args.threads:
             torch.set_num_threads(args.threads)
         loaded = load(args.model, dtype=args.dtype, device=args.device)

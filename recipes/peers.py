@@ -170,8 +170,9 @@ def transformers_model(loaded: Loaded) -> Any:
         sliding_window=None,
     )
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(theirs, attn_implementation="sdpa")
-    state = {name: tensor for _, name, tensor in _unfused(loaded, weights._HUGGINGFACE)}
+        auto: Any = AutoModelForCausalLM
+        model = auto.from_config(theirs, attn_implementation="sdpa")
+    state = {name: tensor for _, name, tensor in _unfused(loaded, weights.HUGGINGFACE_NAMES)}
     if config.tie_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state, assign=True)
@@ -182,7 +183,7 @@ def transformers_model(loaded: Loaded) -> Any:
 def _unfused(loaded: Loaded, names: Mapping[str, str]) -> Iterator[tuple[str, str, Tensor]]:
     """The parts of our fused tensors: what they are ("q", "gate", …), the name that a format has for it, the rows."""
     state = loaded.model.state_dict()
-    for ours, parts in weights._layout(loaded.config).items():
+    for ours, parts in weights.layout(loaded.config).items():
         rows = state[ours].split([part.shape[0] for part in parts])
         for part, tensor in zip(parts, rows, strict=True):
             yield part.key, f"{names[part.key].format(part.layer)}.{part.suffix}", tensor
@@ -236,7 +237,8 @@ class Transformers:
         place = {"cache_position": self._position} if self._tell_place else {}
         position_BT = self._position.expand_as(ids_BT)
         out = model(ids_BT, position_ids=position_BT, past_key_values=self._cache, logits_to_keep=1, **place)
-        return out.logits[:, -1]
+        logits_BV: Tensor = out.logits[:, -1]
+        return logits_BV
 
 
 def _transformers(shared: Shared, point: Point) -> Contender:
@@ -250,7 +252,7 @@ def _static(shared: Shared, point: Point) -> Contender:
     from transformers import StaticCache
 
     model = shared.transformers
-    cache = StaticCache(config=model.config, max_cache_len=point.tokens)
+    cache: Any = StaticCache(config=model.config, max_cache_len=point.tokens)
 
     def empty_cache() -> Any:
         cache.reset()  # the same tensors again: others would be compiled for anew
@@ -302,7 +304,7 @@ def write_gguf(loaded: Loaded, path: Path) -> None:
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope.theta)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    for key, name, tensor in _unfused(loaded, weights._GGUF):
+    for key, name, tensor in _unfused(loaded, weights.GGUF_NAMES):
         if key in ("q", "k") and architecture == "llama":  # there, dimensions that turn together are neighbours
             tensor = tensor.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2).reshape(tensor.shape)
         if tensor.dim() == 1:

@@ -5,6 +5,8 @@ import signal
 import pytest
 import torch
 
+from kernels import native
+
 
 @pytest.fixture(scope="module")
 def one_thread():
@@ -13,6 +15,15 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def without_native(monkeypatch, tmp_path):
+    """A compiler that fails, and nothing that was built before."""
+    monkeypatch.setenv("CXX", "/bin/false")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "empty"))
+    monkeypatch.setattr(native, "_building", None)
+    monkeypatch.setattr(native, "_loaded", False)
 
 
 # A shell that starts the tests in the background lets them, and all they start, ignore Ctrl-C; the tests press it.

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from layers.fused import FusedBlock
 from tests import tiny_chat
 from zoo import Engine, chat, cli, generate, load
 from zoo.conversation import Conversation
@@ -105,6 +106,7 @@ def test_every_option_and_command_is_tried_here():
         ("--budget", "1MiB"),
         ("--temperature", "1.5", "--top-k", "7", "--top-p", "0.5", "--min-p", "0.05", "--seed", "3"),
         ("--dtype", "bfloat16", "--device", "cpu"),
+        ("--weights", "int8"),
         ("--no-compile",),
         ("--max-context", "300"),
         ("--allow-overflow",),
@@ -207,57 +209,41 @@ def test_answers_are_short_where_the_context_is(tmp_path, run):
     assert status == 0
 
 
-@pytest.fixture
-def compiling():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-def test_compile_gives_the_same_answer(run, compiling):
+def test_compile_gives_the_same_answer(run):
     options = ("--prompt", "Hello?", "--temperature", "0")
     assert run(chat.main, *options, "--compile")[:2] == run(chat.main, *options, "--no-compile")[:2]
 
 
-def test_a_broken_compiler_is_not_the_end(run, compiling):
-    from torch._inductor import config
+@pytest.mark.parametrize(("options", "compile"), [((), True), (("--compile",), True), (("--no-compile",), False)])
+def test_the_decode_step_is_compiled_by_default(run, monkeypatch, options, compile):
+    made, allocate = [], Engine._allocate
+    monkeypatch.setattr(Engine, "_allocate", lambda engine, batch: (allocate(engine, batch), made.append(engine))[0])
+    for call in ({"stdin": b"hi\n"}, {}):
+        assert run(chat.main, *options, *(() if call else ("--prompt", "hi")), **call)[0] == 0
+    assert {isinstance(block, FusedBlock) for engine in made for block in engine._blocks} == {compile}
 
-    with config.patch({"force_disable_caches": True, "cpp.cxx": (None, "false")}):
-        status, out, err = run(chat.main, stdin=b"hi\n")
+
+def test_a_broken_compiler_is_not_the_end(run, without_native):
+    status, out, err = run(chat.main, stdin=b"hi\n")
     assert status == 0 and len(out) == 9
-    assert re.match(r"compiling failed \(.*\): running uncompiled.*\n\(cut", err)
+    assert re.match(r"/bin/false cannot build kernels/cpp \(status 1\): running uncompiled.*\n\(cut", err)
+    assert "uncompiled" not in run(chat.main, "--no-compile", stdin=b"hi\n")[2]
 
 
-def test_compile_that_was_asked_for_must_work(run, monkeypatch):
-    def fail(engine, tokens):
-        raise RuntimeError("no luck\nand many more lines")
-
-    monkeypatch.setattr(Engine, "step", fail)
-    status, out, err = run(chat.main, "--compile", stdin=b"hi\n")
+@pytest.mark.parametrize("call", [("--prompt", "hi"), ()], ids=["reply", "chat"])
+def test_compile_that_was_asked_for_must_work(run, without_native, call):
+    status, out, err = run(chat.main, "--compile", *call, stdin=b"hi\n")
     assert status == 2 and not out
-    assert re.match(r"zoo.chat: compiling failed \(no luck\): repair .* or pass --no-compile\n$", err)
+    assert re.match(r"zoo.chat: compiling failed \(/bin/false .*\): repair the C\+\+ .* or pass --no-compile\n$", err)
 
 
-@pytest.mark.parametrize(("options", "compiled"), [((), True), (("--compile",), True), (("--no-compile",), False)])
-def test_interactive_chat_compiles_by_default(run, monkeypatch, options, compiled):
-    asked, make = [], cli.make_engine
-
-    def eager(args, loaded, *, compiled):
-        asked.append(compiled)
-        return make(args, loaded, compiled=False)
-
-    monkeypatch.setattr(cli, "has_compiler", lambda: True)
-    monkeypatch.setattr(cli, "make_engine", eager)
-    assert run(chat.main, *options, stdin=b"hi\n")[0] == 0
-    assert asked == [compiled]
-
-
-def test_without_a_compiler_the_chat_runs_uncompiled(run, monkeypatch):
+def test_without_a_compiler_the_chat_runs_uncompiled(run, without_native, monkeypatch):
     monkeypatch.setenv("CXX", "/nowhere/g++")
     status, out, err = run(chat.main, stdin=b"hi\n")
     assert status == 0 and len(out) == 9
-    assert err.splitlines()[0].startswith("no C++ compiler: running uncompiled")
-    assert "no C++" not in run(chat.main, "--no-compile", stdin=b"hi\n")[2]
+    assert err.splitlines()[0].startswith("there is no C++ compiler: running uncompiled")
+    status, out, err = run(chat.main, "--compile", stdin=b"hi\n")
+    assert (status, out) == (2, "") and err.startswith("zoo.chat: --compile needs a C++ compiler and there is none")
 
 
 # -- conversations -----------------------------------------------------------------------------------------------------

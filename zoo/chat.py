@@ -9,17 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
 
 from checkpoints.storage import cache_home
 from zoo import cli
 from zoo.answer import Answer, cache_figures, show
 from zoo.cli import note
 from zoo.conversation import Conversation, opening, read_messages, write_messages
-from zoo.load import Loaded
-
-if TYPE_CHECKING:
-    from zoo.engine import Engine
 
 _DESCRIPTION = """Chat with a model whose KV cache has a budget.
 

@@ -101,12 +101,16 @@ def _drop_unwritable_output() -> None:
 # -- options -----------------------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """argparse's, with errors raised as everywhere else."""
+
     def error(self, message: str) -> NoReturn:
+        """Raise ValueError."""
         raise ValueError(f"{message}; see --help")
 
     def print_help(self, file: Any = None) -> None:
-        print(self.format_help(), end="", file=file)  # argparse's own says nothing when that fails
+        """Print the help text; argparse's own says nothing when that fails."""
+        print(self.format_help(), end="", file=file)
 
 
 def parser(program: str, description: str, examples: str) -> argparse.ArgumentParser:
@@ -120,7 +124,7 @@ def parser(program: str, description: str, examples: str) -> argparse.ArgumentPa
     Returns:
         The parser; add what is the command's own.
     """
-    made = _Parser(
+    made = Parser(
         prog=program,
         description=description,
         epilog=examples,
@@ -145,7 +149,9 @@ def parser(program: str, description: str, examples: str) -> argparse.ArgumentPa
     model.add_argument(
         "--device", default="cpu", metavar="D", help="where to run, e.g. cpu or cuda (default: %(default)s)"
     )
-    model.add_argument("--threads", type=_whole(1, 1024), metavar="N", help="CPU threads (default: torch decides)")
+    model.add_argument(
+        "--threads", type=whole_number(1, 1024), metavar="N", help="CPU threads (default: torch decides)"
+    )
 
     cache = made.add_argument_group("cache")
     cache.add_argument(
@@ -157,7 +163,7 @@ def parser(program: str, description: str, examples: str) -> argparse.ArgumentPa
     )
     cache.add_argument(
         "--budget",
-        type=_budget,
+        type=budget_text,
         metavar="B",
         help="tokens of the prompt kept per KV head (128), a share of it (12.5%%) or bytes for everything (64MiB); the "
         "method decides unless given",
@@ -167,7 +173,7 @@ def parser(program: str, description: str, examples: str) -> argparse.ArgumentPa
     )
     cache.add_argument(
         "--max-context",
-        type=_whole(1),
+        type=whole_number(1),
         metavar="N",
         help="tokens of prompts and answers at most (default: what the model was trained for)",
     )
@@ -178,7 +184,7 @@ def parser(program: str, description: str, examples: str) -> argparse.ArgumentPa
     answer = made.add_argument_group("answer")
     answer.add_argument(
         "--max-new-tokens",
-        type=_whole(1),
+        type=whole_number(1),
         metavar="N",
         help=f"tokens per answer at most; room is reserved (default: {DEFAULT_MAX_NEW_TOKENS}, less in a short "
         "context or after a long prompt)",
@@ -191,7 +197,7 @@ def parser(program: str, description: str, examples: str) -> argparse.ArgumentPa
         help="0 always takes the likeliest token (default: %(default)s)",
     )
     answer.add_argument(
-        "--top-k", type=_whole(0), default=0, metavar="K", help="among the K likeliest; 0 is all (default)"
+        "--top-k", type=whole_number(0), default=0, metavar="K", help="among the K likeliest; 0 is all (default)"
     )
     answer.add_argument(
         "--top-p",
@@ -208,12 +214,18 @@ def parser(program: str, description: str, examples: str) -> argparse.ArgumentPa
         help="among those at least M times as likely as the likeliest (default: %(default)s)",
     )
     answer.add_argument(
-        "--seed", type=_whole(0), default=0, metavar="N", help="the same seed repeats an answer (default: %(default)s)"
+        "--seed",
+        type=whole_number(0),
+        default=0,
+        metavar="N",
+        help="the same seed repeats an answer (default: %(default)s)",
     )
 
     running = made.add_argument_group("running")
     running.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, help="decode through compiled code (default: where there is a C++ compiler; on a GPU only in a chat)"
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="decode through compiled code (default: where there is a C++ compiler; on a GPU only in a chat)",
     )
     running.add_argument("--stats", action="store_true", help="after each answer, what the cache held and the speed")
     running.add_argument("--list", action="store_true", help="show models, cache methods and dtypes, and leave")
@@ -233,7 +245,12 @@ def utf8_text(argument: str) -> str:
     return argument
 
 
-def _budget(text: str) -> str:
+def budget_text(text: str) -> str:
+    """Read an option that is a budget, and leave it as it is.
+
+    Raises:
+        ArgumentTypeError: see `layers.budget.parse_budget`.
+    """
     try:
         parse_budget(text)
     except ValueError as error:
@@ -241,7 +258,17 @@ def _budget(text: str) -> str:
     return text
 
 
-def _whole(least: int, most: int = _LARGEST) -> Callable[[str], int]:
+def whole_number(least: int, most: int = _LARGEST) -> Callable[[str], int]:
+    """How an option that is a whole number is read.
+
+    Args:
+        least: smallest that is allowed.
+        most: largest; positions in a context are below 2**31.
+
+    Returns:
+        Text to number; raises `ArgumentTypeError` for any other text.
+    """
+
     def read(text: str) -> int:
         with suppress(ValueError):
             if least <= (number := int(text)) <= most:
@@ -347,9 +374,7 @@ def load_model(args: argparse.Namespace) -> Loaded:
         import torch
 
         torch.set_num_threads(args.threads)
-    return load(
-        args.model, dtype=args.dtype, weights=args.weights, device=args.device, progress=sys.stderr.isatty()
-    )
+    return load(args.model, dtype=args.dtype, weights=args.weights, device=args.device, progress=sys.stderr.isatty())
 
 
 def described(spec: str) -> Method:
@@ -370,7 +395,7 @@ def has_compiler() -> bool:
     return native.compiler() is not None
 
 
-def _compiles(args: argparse.Namespace, *, interactive: bool) -> bool:
+def compiles(args: argparse.Namespace, *, interactive: bool) -> bool:
     """Whether to decode through compiled code: as the options say, else where starting it is quick or pays.
 
     Raises:
@@ -419,7 +444,7 @@ def make_engine(args: argparse.Namespace, loaded: Loaded, *, prompt: Sequence[in
         budget=args.budget,
         max_new_tokens=limit,
         max_context=context,
-        compile=_compiles(args, interactive=prompt is None),
+        compile=compiles(args, interactive=prompt is None),
         importance=args.importance,
         allow_overflow=args.allow_overflow,
     )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -73,8 +73,9 @@ class Engine:
         allow_overflow: allow conversations longer than the model's trained context.
 
     Raises:
-        ValueError: unknown method or option, **or** compiling is wanted and no compiler works, **or** a budget that cannot be read or is below sinks and window, **or**
-            sizes that are not positive, **or** a context beyond the model's, **or** a cache larger than free memory.
+        ValueError: unknown method or option, **or** compiling is wanted and no compiler works, **or** a budget that
+            cannot be read or is below sinks and window, **or** sizes that are not positive, **or** a context beyond the
+            model's, **or** a cache larger than free memory.
         CheckpointError: no usable head importance.
 
     Example:
@@ -164,7 +165,7 @@ class Engine:
             )
         shares = int(self._shares(self.max_context, most).sum())
         planned = shape(max(shares, heads * min(most, self.max_context)) + heads * self._room)
-        free = _free_bytes(self._device)
+        free = free_bytes(self._device)
         if planned.nbytes > free:
             raise ValueError(
                 f"the {method.name} cache would take {planned.nbytes / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are "
@@ -173,13 +174,14 @@ class Engine:
         fused = self._compile is True and self._device.type == "cpu" and batch <= MOST_ROWS
         self.cache = ArenaCache(planned, self._device, compiled=bool(self._compile) and not fused)
         self._most_tokens = most
-        self._blocks: list[Callable[..., Tensor]] = list(self.model.blocks)
+        blocks = cast("list[Block]", list(self.model.blocks))
+        self._blocks: list[Callable[..., Tensor]] = [*blocks]
         if fused:
-            self._blocks = [FusedBlock(block) for block in self.model.blocks]
+            self._blocks = [FusedBlock(block) for block in blocks]
         elif self._compile:
             # Inductor would otherwise test-compile every vector extension: over half of a cold start.
             compiled = torch.compile(Block.forward, fullgraph=True, options={"cpp.vec_isa_ok": True})
-            self._blocks = [partial(compiled, block) for block in self.model.blocks]
+            self._blocks = [partial(compiled, block) for block in blocks]
 
     def _prompt_budget(self, tokens: int, most: int) -> int:
         """Mean tokens per KV head to keep of a prompt of so many tokens, of which the arena holds at most so many."""
@@ -488,7 +490,8 @@ def _as_rows(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         raise ValueError("token ids must be whole numbers, in one sequence per row: [[1, 2, 3], [4, 5]]") from None
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
+    """Bytes of memory that can be had now; all there are where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")

@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "decode_block.h"
+#include "rows.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -52,9 +53,21 @@ std::vector<float> as_floats(const Maybe& tensor) {
   return floats;
 }
 
-Matrix matrix(const Tensor& weight, const Maybe& bias, const Maybe& scale) {
+void check_row(const Maybe& row, int64_t size, ScalarType type, const char* what) {
+  STD_TORCH_CHECK(!row || (row->numel() == size && row->scalar_type() == type && row->is_contiguous()), what,
+                  " must be contiguous, with one number per row of the weight and of the right dtype");
+}
+
+// A weight for inputs of `type`.
+Matrix matrix(const Tensor& weight, const Maybe& bias, const Maybe& scale, int64_t in, ScalarType type) {
+  const bool quantised = weight.scalar_type() == ScalarType::Char;
+  STD_TORCH_CHECK(weight.size(1) == in, "the input has ", in, " columns, the weight ", weight.size(1));
+  STD_TORCH_CHECK(weight.is_contiguous() && (quantised ? scale.has_value() : weight.scalar_type() == type),
+                  "the weight must be contiguous and of the input's dtype, or int8 with a scale");
+  check_row(bias, weight.size(0), type, "the bias");
+  check_row(scale, weight.size(0), ScalarType::Float, "the scale");
   Matrix made{weight.data_ptr(), scale ? data<float>(*scale) : nullptr, as_floats(bias), weight.size(0), weight.size(1)};
-  if (weight.scalar_type() == ScalarType::Char)
+  if (quantised)
     use_type<int8_t>(made);
   else
     for_type(weight, [&](auto zero) { use_type<decltype(zero)>(made); });
@@ -63,7 +76,7 @@ Matrix matrix(const Tensor& weight, const Maybe& bias, const Maybe& scale) {
 
 Tensor few_rows_linear(Tensor x, Tensor weight, Maybe bias, Maybe scale) {
   x = packed(x);
-  const Matrix m = matrix(weight, bias, scale);
+  const Matrix m = matrix(weight, bias, scale, x.size(-1), x.scalar_type());
   const int64_t rows = x.numel() / m.in;
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = m.out;
@@ -75,6 +88,46 @@ Tensor few_rows_linear(Tensor x, Tensor weight, Maybe bias, Maybe scale) {
   for_type(x, [&](auto zero) {
     auto* to = data<decltype(zero)>(y);
     for (size_t i = 0; i < sums.size(); i++) to[i] = Element<decltype(zero)>::put(sums[i]);
+  });
+  return y;
+}
+
+Tensor rms_norm(Tensor x, Tensor weight, double eps) {
+  x = packed(x);
+  check_row(weight, x.size(-1), x.scalar_type(), "the norm's weight");
+  Tensor y = allocated({x.sizes().begin(), x.sizes().end()}, x);
+  for_type(x, [&](auto zero) {
+    using T = decltype(zero);
+    rms_norm_rows(data<T>(x), data<T>(weight), float(eps), x.numel() / weight.numel(), weight.numel(), data<T>(y));
+  });
+  return y;
+}
+
+Tensor silu_mul(Tensor gate_up) {
+  gate_up = packed(gate_up);
+  std::vector<int64_t> shape(gate_up.sizes().begin(), gate_up.sizes().end());
+  const int64_t size = shape.back() /= 2;
+  Tensor y = allocated(shape, gate_up);
+  for_type(gate_up, [&](auto zero) {
+    using T = decltype(zero);
+    silu_mul_rows(data<T>(gate_up), y.numel() / size, size, data<T>(y));
+  });
+  return y;
+}
+
+Tensor rope(Tensor x_BTHD, Tensor cos_BTd, Tensor sin_BTd) {
+  const int64_t T = x_BTHD.size(1), H = x_BTHD.size(2), D = x_BTHD.size(3);
+  const bool even_rows = x_BTHD.stride(3) == 1 && x_BTHD.stride(2) == D && x_BTHD.stride(0) == T * x_BTHD.stride(1);
+  if (!even_rows) x_BTHD = packed(x_BTHD);
+  cos_BTd = packed(cos_BTd), sin_BTd = packed(sin_BTd);
+  for (const Tensor& table : {cos_BTd, sin_BTd})
+    STD_TORCH_CHECK(2 * table.numel() * H == x_BTHD.numel() && table.scalar_type() == x_BTHD.scalar_type(),
+                    "cosine and sine must be (B, T, D / 2) in x's dtype");
+  Tensor y = allocated({x_BTHD.sizes().begin(), x_BTHD.sizes().end()}, x_BTHD);
+  for_type(x_BTHD, [&](auto zero) {
+    using E = decltype(zero);
+    rope_rows(data<E>(x_BTHD), x_BTHD.stride(1), data<E>(cos_BTd), data<E>(sin_BTd), x_BTHD.size(0) * T, H, D,
+              data<E>(y));
   });
   return y;
 }
@@ -133,14 +186,22 @@ Tensor decode_block_op(Tensor x_BTE, Tensor cos_BTd, Tensor sin_BTd, Tensor atte
                     Tensor v_arena, Tensor pos, Tensor slot_BLH, Tensor offset_BLH, Tensor length_BLH, Tensor layer_1,
                     Tensor position_B, Tensor active_B) {
   x_BTE = packed(x_BTE);
+  const ScalarType type = x_BTE.scalar_type();
+  const int64_t E = x_BTE.size(-1), D = k_arena.size(2);
+  check_row(attention_norm, E, type, "attention_norm");
+  check_row(mlp_norm, E, type, "mlp_norm");
+  check_row(q_norm, D, type, "q_norm");
+  check_row(k_norm, D, type, "k_norm");
+  STD_TORCH_CHECK(k_arena.scalar_type() == type && v_arena.scalar_type() == type, "the arena must have x's dtype");
+  STD_TORCH_CHECK(x_BTE.size(1) == 1 && 2 * cos_BTd.numel() == x_BTE.size(0) * D, "x must be (B, 1, E), cosine and sine (B, 1, D / 2)");
   const BlockWeights weights{as_floats(attention_norm),
                              as_floats(mlp_norm),
                              as_floats(q_norm),
                              as_floats(k_norm),
-                             matrix(qkv, qkv_bias, qkv_scale),
-                             matrix(out, out_bias, out_scale),
-                             matrix(gate_up, gate_up_bias, gate_up_scale),
-                             matrix(down, down_bias, down_scale),
+                             matrix(qkv, qkv_bias, qkv_scale, E, type),
+                             matrix(out, out_bias, out_scale, out.size(1), type),
+                             matrix(gate_up, gate_up_bias, gate_up_scale, E, type),
+                             matrix(down, down_bias, down_scale, down.size(1), type),
                              float(eps),
                              float(qk_eps)};
   Tensor y = allocated({x_BTE.sizes().begin(), x_BTE.sizes().end()}, x_BTE);
@@ -159,6 +220,9 @@ Tensor decode_block_op(Tensor x_BTE, Tensor cos_BTd, Tensor sin_BTd, Tensor atte
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(headkv, CPU, library) {
+  library.impl("rms_norm", TORCH_BOX(&rms_norm));
+  library.impl("silu_mul", TORCH_BOX(&silu_mul));
+  library.impl("rope", TORCH_BOX(&rope));
   library.impl("few_rows_linear", TORCH_BOX(&few_rows_linear));
   library.impl("ragged_append", TORCH_BOX(&ragged_append));
   library.impl("ragged_decode", TORCH_BOX(&ragged_decode));

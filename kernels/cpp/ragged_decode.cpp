@@ -77,12 +77,11 @@ void RaggedDecode<T>::attend_tile(const Tile& tile, int64_t first_query, float* 
     }
     for (int g = 0; g < Queries; g++) score[g * kTile + slot] = sum(total[g]);
   }
-  if (arena_.window) {
-    const int64_t oldest = arena_.position[tile.row] - arena_.window;
-    for (int64_t slot = 0; slot < count; slot++)
-      for (int g = 0; g < Queries; g++)
-        if (arena_.pos[tile.first + slot] <= oldest) score[g * kTile + slot] = -INFINITY;
-  }
+  const int64_t oldest = arena_.position[tile.row] - arena_.window;
+  auto hidden = [&](int64_t slot) { return arena_.window && arena_.pos[tile.first + slot] <= oldest; };
+  for (int64_t slot = 0; slot < count; slot++)
+    if (hidden(slot))
+      for (int g = 0; g < Queries; g++) score[g * kTile + slot] = -INFINITY;
 
   for (int g = 0; g < Queries; g++) {
     float *weight = score + g * kTile, *result = out + g * per_query_;
@@ -98,14 +97,20 @@ void RaggedDecode<T>::attend_tile(const Tile& tile, int64_t first_query, float* 
     result[1] = sum(mass);
   }
 
-  for (int64_t d = 0; d < D; d += kStep<T>) {
-    Floats total[Queries][parts] = {}, value[parts];
+  constexpr int vectors = 4;  // of the output at a time, for all queries in registers
+  for (int64_t start = 0; start < stride; start += vectors * kLanes) {
+    Floats total[Queries][vectors] = {}, value[vectors] = {};
+    const bool whole = start + vectors * kLanes <= D;
     for (int64_t slot = 0; slot < count; slot++) {
-      load(v + slot * D, d, value);
+      if (hidden(slot)) continue;
+      for (int vector = 0; vector < vectors; vector += parts)
+        if (whole || start + vector * kLanes < stride) load(v + slot * D, start + vector * kLanes, value + vector);
       for (int g = 0; g < Queries; g++)
-        for (int part = 0; part < parts; part++) total[g][part] += value[part] * score[g * kTile + slot];
+        for (int vector = 0; vector < vectors; vector++) total[g][vector] += value[vector] * score[g * kTile + slot];
     }
-    for (int g = 0; g < Queries; g++) std::memcpy(out + g * per_query_ + 2 + d, total[g], sizeof(total[g]));
+    const int64_t floats = std::min<int64_t>(vectors * kLanes, stride - start);
+    for (int g = 0; g < Queries; g++)
+      std::memcpy(out + g * per_query_ + 2 + start, total[g], floats * sizeof(float));
   }
 }
 
@@ -123,7 +128,7 @@ void RaggedDecode<T>::merge(int64_t row_and_head, float* out) const {
       mass += share * part(tile)[1];
       for (int64_t d = 0; d < stride_; d++) mixed[d] += share * part(tile)[2 + d];
     }
-    for (int64_t d = 0; d < D; d++) out[g * D + d] = mass > 0 ? mixed[arranged_index<T>(d)] / mass : 0.0f;
+    for (int64_t d = 0; d < D; d++) out[g * D + d] = mass == 0 ? 0.0f : mixed[arranged_index<T>(d)] / mass;
   }
 }
 

@@ -9,10 +9,11 @@
 constexpr int kLanes = 16;
 constexpr int64_t kPrefetch = 4096;  // bytes ahead of a stream: hides the memory's latency on the machines tried
 
-typedef float Floats __attribute__((vector_size(64), aligned(4)));
-typedef int32_t Ints __attribute__((vector_size(64), aligned(4)));
-typedef uint32_t Words __attribute__((vector_size(64), aligned(4)));
-typedef _Float16 Halves __attribute__((vector_size(32), aligned(2)));
+typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t Words __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint16_t Shorts __attribute__((vector_size(32), aligned(2), may_alias));
+typedef _Float16 Halves __attribute__((vector_size(32), aligned(2), may_alias));
 
 struct BFloat16 {
   uint16_t bits;
@@ -120,24 +121,36 @@ inline int64_t arranged_index(int64_t i) {
   return i - within + within % parts * kLanes + within / parts;
 }
 
-inline float sum(Floats x) {  // in a fixed order, so that equal inputs give equal bits wherever this is inlined
-  typedef float Eight __attribute__((vector_size(32)));
-  typedef float Four __attribute__((vector_size(16)));
-  Eight eight[2];
-  std::memcpy(eight, &x, 64);
-  Eight halves = eight[0] + eight[1];
-  Four four[2];
-  std::memcpy(four, &halves, 32);
-  Four quarter = four[0] + four[1];
-  return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
+// Sixteen elements in their own order.
+inline Floats widen(const float* from) { return *reinterpret_cast<const Floats*>(from); }
+inline Floats widen(const _Float16* from) {
+  return __builtin_convertvector(*reinterpret_cast<const Halves*>(from), Floats);
+}
+inline Floats widen(const BFloat16* from) {
+  return reinterpret_cast<Floats>(__builtin_convertvector(*reinterpret_cast<const Shorts*>(from), Words) << 16);
+}
+inline void narrow(Floats x, float* to) { *reinterpret_cast<Floats*>(to) = x; }
+inline void narrow(Floats x, _Float16* to) { *reinterpret_cast<Halves*>(to) = __builtin_convertvector(x, Halves); }
+inline void narrow(Floats x, BFloat16* to) {
+  Words bits = reinterpret_cast<Words>(x), nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  nearest = (bits & 0x7fffffffu) > 0x7f800000u ? Words{} + 0x7fc0u : nearest;
+  *reinterpret_cast<Shorts*>(to) = __builtin_convertvector(nearest, Shorts);
 }
 
-// e^x for x <= 0, to 2 units in the last place; below -87 it is 0. e^x = 2^n e^r with |r| <= ln(2) / 2.
+inline float sum(Floats x) {  // in a fixed order, so that equal inputs give equal bits wherever this is inlined
+  auto eight = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
+               __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+  auto four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+  auto two = __builtin_shufflevector(four, four, 0, 1) + __builtin_shufflevector(four, four, 2, 3);
+  return two[0] + two[1];
+}
+
+// e^x for x <= 0, to 2 units in the last place; 0 below -87, NaN for NaN. e^x = 2^n e^r with |r| <= ln(2) / 2.
 inline Floats exp_negative(Floats x) {
-  Floats n = x * 1.44269504f;
-  Ints whole = __builtin_convertvector(n - 0.5f, Ints);  // truncation: n <= 0
-  n = __builtin_convertvector(whole, Floats);
-  Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  const Floats clipped = x < -88.0f ? Floats{} - 88.0f : x;
+  const Ints whole = __builtin_convertvector(clipped * 1.44269504f - 0.5f, Ints);  // rounds, as x <= 0
+  const Floats n = __builtin_convertvector(whole, Floats);
+  const Floats r = (clipped - n * 0.693359375f) + n * 2.12194440e-4f;
   Floats series = r * (1.0f / 5040) + (1.0f / 720);
   series = series * r + (1.0f / 120);
   series = series * r + (1.0f / 24);
@@ -145,8 +158,8 @@ inline Floats exp_negative(Floats x) {
   series = series * r + 0.5f;
   series = series * r + 1.0f;
   series = series * r + 1.0f;
-  Ints power = reinterpret_cast<Ints>(series) + (whole << 23);
-  return reinterpret_cast<Floats>(power & (x > -87.0f));
+  const Words power = reinterpret_cast<Words>(series) + (reinterpret_cast<Words>(whole) << 23);
+  return reinterpret_cast<Floats>(power & ~reinterpret_cast<Words>(x <= -87.0f));
 }
 
 // x / (1 + e^-x), from an exponential that cannot overflow.

@@ -122,9 +122,7 @@ class ArenaCache:
     def attend(self, layer_1: Tensor, q_BTND: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, window: int | None) -> Tensor:
         """Store one token per row and attend to everything kept; see `layers.cache.base.KVCache`."""
         k_BHD, v_BHD = k_BTHD.squeeze(1), v_BTHD.squeeze(1)
-        ragged_append(
-            self.k, self.v, self.pos, self._slot, layer_1, k_BHD, v_BHD, self.position, self._active_B
-        )
+        ragged_append(self.k, self.v, self.pos, self._slot, layer_1, k_BHD, v_BHD, self.position, self._active_B)
         o_BND = ragged_decode(
             q_BTND.squeeze(1), self.k, self.v, self.pos, self.offset, self.length, layer_1, self.position, window
         )
