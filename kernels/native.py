@@ -70,7 +70,10 @@ def load() -> None:
             torch.ops.load_library(library)
         except OSError:  # a damaged file: once more, from the sources
             library.unlink(missing_ok=True)
-            torch.ops.load_library(_built())
+            try:
+                torch.ops.load_library(_built())
+            except OSError as error:
+                raise RuntimeError(f"{library} cannot be loaded: {error}") from error
         _loaded = True
 
 
@@ -133,7 +136,7 @@ def _call(*command: str) -> None:
     if done.returncode:
         lines = done.stderr.splitlines() or [f"status {done.returncode}"]
         reason = next((line for line in lines if "error" in line and "ld returned" not in line), lines[0])
-        raise RuntimeError(f"{command[0]} cannot build {_SOURCES.name} ({reason.strip()[:200]})")
+        raise RuntimeError(f"{command[0]} cannot build kernels/cpp ({reason.strip()[:200]})")
 
 
 def _cache() -> Path:

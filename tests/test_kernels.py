@@ -2,6 +2,7 @@
 
 import ctypes
 import itertools
+import shlex
 import subprocess
 import sys
 import types
@@ -787,6 +788,16 @@ def test_a_damaged_library_is_one_clear_line(fresh, monkeypatch, tmp_path):
     assert files(fresh)[0].name in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
 
+def test_a_damaged_library_is_built_again(fresh, monkeypatch, tmp_path):
+    (tmp_path / "cpp").mkdir()
+    (tmp_path / "cpp" / "one.cpp").write_text('extern "C" int one() { return 1; }\n')
+    monkeypatch.setattr(native, "_SOURCES", tmp_path / "cpp")
+    library = native._built()
+    library.write_bytes(library.read_bytes()[:100])
+    native.load()
+    assert ctypes.CDLL(str(library)).one() == 1
+
+
 def test_other_sources_are_another_library(fresh, monkeypatch, tmp_path):
     """With a compiler that only makes files and counts its calls."""
     calls, sources = tmp_path / "calls", tmp_path / "cpp"
@@ -813,7 +824,7 @@ def test_two_processes_build_at_once(fresh, monkeypatch, tmp_path):
     sources.mkdir()
     (sources / "one.cpp").write_text('extern "C" int one() { return 1; }\n')
     wait = f"echo > {tmp_path}/called.$$; while [ $(ls {tmp_path}/called.* | wc -l) -lt 2 ]; do sleep 0.05; done"
-    monkeypatch.setenv("CXX", script(tmp_path / "compiler", f'{wait}; exec {native.compiler()} "$@"'))
+    monkeypatch.setenv("CXX", script(tmp_path / "compiler", f'{wait}; exec {shlex.join(native.compiler())} "$@"'))
     build = "import sys, pathlib; from kernels import native; native._SOURCES = pathlib.Path(sys.argv[1]); "
     build += "print(native._built())"
     root = Path(__file__).parents[1]
