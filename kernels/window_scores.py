@@ -40,19 +40,22 @@ def window_scores(
         raise ValueError(f'rows must be "mean" or "max", not {rows!r}')
     B, _, N, D = q_BWND.shape
     H, S = k_BHSD.shape[1:3]
-    exists_BW = position_BW >= 0
+    exists_BW1 = (position_BW >= 0)[..., None]
     out_BHGS = torch.empty(B, H, N // H, S, dtype=torch.float32, device=q_BWND.device)
+    same_for_all = pos_BHS.stride(1) == 0  # one mask, then
     for head in range(H):
-        q_BGWD = q_BWND.unflatten(2, (H, N // H))[:, :, head].transpose(1, 2).float()
-        logit_BGWS = q_BGWD @ k_BHSD[:, head, None].float().transpose(-1, -2) * D**-0.5
-        pos_B1S = pos_BHS[:, head, None]
-        seen_BWS = (pos_B1S >= 0) & (pos_B1S <= position_BW[..., None])
-        if window is not None:
-            seen_BWS &= pos_B1S > position_BW[..., None] - window
-        weight_BGWS = logit_BGWS.masked_fill(~seen_BWS[:, None], float("-inf")).softmax(-1)
-        weight_BGWS = weight_BGWS.masked_fill(~(seen_BWS & exists_BW[..., None])[:, None], 0.0)
+        if head == 0 or not same_for_all:
+            pos_B1S = pos_BHS[:, head, None]
+            seen_BWS = (pos_B1S >= 0) & (pos_B1S <= position_BW[..., None])
+            if window is not None:
+                seen_BWS &= pos_B1S > position_BW[..., None] - window
+            hidden_B1WS = ~(seen_BWS | ~exists_BW1)[:, None]
+        q_BGWD = q_BWND.unflatten(2, (H, N // H))[:, :, head].transpose(1, 2).float() * D**-0.5
+        logit_BGWS = q_BGWD @ k_BHSD[:, head, None].float().transpose(-1, -2)
+        weight_BGWS = logit_BGWS.masked_fill_(hidden_B1WS, float("-inf")).softmax(-1)
+        weight_BGWS.masked_fill_(~exists_BW1[:, None], 0.0)
         if rows == "max":
             out_BHGS[:, head] = weight_BGWS.amax(2)
         else:
-            out_BHGS[:, head] = weight_BGWS.sum(2) / exists_BW.sum(1).clamp(min=1)[:, None, None]
+            out_BHGS[:, head] = weight_BGWS.sum(2) / exists_BW1.sum(1).clamp(min=1)[:, None]
     return out_BHGS.flatten(1, 2)

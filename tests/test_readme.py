@@ -3,7 +3,7 @@
 import importlib
 import re
 import shlex
-from contextlib import nullcontext
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -34,7 +34,7 @@ def test_commands_parse(command, monkeypatch, capsys):
     words = shlex.split(command)
     module = importlib.import_module(words[2])
     monkeypatch.setattr("sys.stdin", None)
-    with pytest.raises(SystemExit) if module.__name__.startswith("recipes") else nullcontext():
+    with suppress(SystemExit):
         module.main([*words[3:], "--help"])
     assert "usage" in capsys.readouterr().out
 

@@ -20,7 +20,7 @@ void rope(float* head, int64_t D, const float* cosine, const float* sine) {
 }
 
 void silu_mul(const float* gate, const float* up, int64_t count, float* y) {
-  Floats some_gate, some_up;
+  Floats some_gate = {}, some_up = {};
   for (int64_t i = 0; i < count; i += kLanes) {
     const int64_t bytes = (count - i < kLanes ? count - i : kLanes) * sizeof(float);
     std::memcpy(&some_gate, gate + i, bytes);

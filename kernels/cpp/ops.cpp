@@ -134,7 +134,7 @@ Tensor rope(Tensor x_BTHD, Tensor cos_BTd, Tensor sin_BTd) {
 
 template <class T>
 Arena<T> arena_of(const Tensor& k_arena, const Tensor& v_arena, const Tensor& pos, const Tensor& table,
-                  const Tensor& layer_1, const Tensor& position_B) {
+                  const Tensor& position_B) {
   Arena<T> arena{};
   arena.k = data<T>(k_arena), arena.v = data<T>(v_arena), arena.pos = data<int32_t>(pos);
   arena.slots = k_arena.size(1), arena.head_dim = k_arena.size(2);
@@ -151,7 +151,7 @@ void ragged_append(Tensor k_arena, Tensor v_arena, Tensor pos, Tensor slot_BLH, 
                    Tensor v_BHD, Tensor position_B, Tensor active_B) {
   for_type(k_arena, [&](auto zero) {
     using T = decltype(zero);
-    Arena<T> arena = arena_of<T>(k_arena, v_arena, pos, slot_BLH, layer_1, position_B);
+    Arena<T> arena = arena_of<T>(k_arena, v_arena, pos, slot_BLH, position_B);
     arena.slot = at_layer(slot_BLH, layer_1), arena.active = data<bool>(active_B);
     const int64_t D = arena.head_dim;
     auto heads_packed = [&](const Tensor& x) { return x.stride(2) == 1 && x.stride(1) == D ? x : packed(x); };
@@ -165,7 +165,7 @@ Tensor ragged_decode(Tensor q_BND, Tensor k_arena, Tensor v_arena, Tensor pos, T
   Tensor out = allocated({q_BND.sizes().begin(), q_BND.sizes().end()}, q_BND);
   for_type(q_BND, [&](auto zero) {
     using T = decltype(zero);
-    Arena<T> arena = arena_of<T>(k_arena, v_arena, pos, offset_BLH, layer_1, position_B);
+    Arena<T> arena = arena_of<T>(k_arena, v_arena, pos, offset_BLH, position_B);
     arena.offset = at_layer(offset_BLH, layer_1), arena.length = at_layer(length_BLH, layer_1);
     arena.group = q_BND.size(1) / arena.kv_heads, arena.window = window;
     RaggedDecode<T> attention(arena);
@@ -180,11 +180,11 @@ Tensor ragged_decode(Tensor q_BND, Tensor k_arena, Tensor v_arena, Tensor pos, T
 }
 
 Tensor decode_block_op(Tensor x_BTE, Tensor cos_BTd, Tensor sin_BTd, Tensor attention_norm, Tensor qkv, Maybe qkv_bias,
-                    Maybe qkv_scale, Maybe q_norm, Maybe k_norm, Tensor out, Maybe out_bias, Maybe out_scale,
-                    Tensor mlp_norm, Tensor gate_up, Maybe gate_up_bias, Maybe gate_up_scale, Tensor down,
-                    Maybe down_bias, Maybe down_scale, double eps, double qk_eps, int64_t window, Tensor k_arena,
-                    Tensor v_arena, Tensor pos, Tensor slot_BLH, Tensor offset_BLH, Tensor length_BLH, Tensor layer_1,
-                    Tensor position_B, Tensor active_B) {
+                       Maybe qkv_scale, Maybe q_norm, Maybe k_norm, Tensor out, Maybe out_bias, Maybe out_scale,
+                       Tensor mlp_norm, Tensor gate_up, Maybe gate_up_bias, Maybe gate_up_scale, Tensor down,
+                       Maybe down_bias, Maybe down_scale, double eps, double qk_eps, int64_t window, Tensor k_arena,
+                       Tensor v_arena, Tensor pos, Tensor slot_BLH, Tensor offset_BLH, Tensor length_BLH, Tensor layer_1,
+                       Tensor position_B, Tensor active_B) {
   x_BTE = packed(x_BTE);
   const ScalarType type = x_BTE.scalar_type();
   const int64_t E = x_BTE.size(-1), D = k_arena.size(2);
@@ -193,7 +193,8 @@ Tensor decode_block_op(Tensor x_BTE, Tensor cos_BTd, Tensor sin_BTd, Tensor atte
   check_row(q_norm, D, type, "q_norm");
   check_row(k_norm, D, type, "k_norm");
   STD_TORCH_CHECK(k_arena.scalar_type() == type && v_arena.scalar_type() == type, "the arena must have x's dtype");
-  STD_TORCH_CHECK(x_BTE.size(1) == 1 && 2 * cos_BTd.numel() == x_BTE.size(0) * D, "x must be (B, 1, E), cosine and sine (B, 1, D / 2)");
+  STD_TORCH_CHECK(x_BTE.size(1) == 1 && 2 * cos_BTd.numel() == x_BTE.size(0) * D,
+                  "x must be (B, 1, E), cosine and sine (B, 1, D / 2)");
   const BlockWeights weights{as_floats(attention_norm),
                              as_floats(mlp_norm),
                              as_floats(q_norm),
@@ -207,7 +208,7 @@ Tensor decode_block_op(Tensor x_BTE, Tensor cos_BTd, Tensor sin_BTd, Tensor atte
   Tensor y = allocated({x_BTE.sizes().begin(), x_BTE.sizes().end()}, x_BTE);
   for_type(x_BTE, [&](auto zero) {
     using T = decltype(zero);
-    Arena<T> arena = arena_of<T>(k_arena, v_arena, pos, slot_BLH, layer_1, position_B);
+    Arena<T> arena = arena_of<T>(k_arena, v_arena, pos, slot_BLH, position_B);
     arena.slot = at_layer(slot_BLH, layer_1), arena.active = data<bool>(active_B);
     arena.offset = at_layer(offset_BLH, layer_1), arena.length = at_layer(length_BLH, layer_1);
     arena.group = weights.out.in / arena.head_dim / arena.kv_heads, arena.window = window;
