@@ -91,7 +91,9 @@ def _run(building: Future[Path]) -> None:
     try:
         building.set_result(_built())
     except OSError as error:
-        building.set_exception(RuntimeError(f"the C++ operators cannot be built: {error}"))
+        building.set_exception(
+            RuntimeError(f"the C++ operators cannot be built or stored ({error}; HEADKV_ZOO_HOME says where)")
+        )
     except BaseException as error:
         building.set_exception(error)
 
@@ -100,7 +102,7 @@ def _built() -> Path:
     """The library, from the cache or compiled now."""
     program = compiler()
     if program is None:
-        raise RuntimeError("there is no C++ compiler")
+        raise RuntimeError("there is no C++ compiler (install g++)")
     spec = importlib.util.find_spec("torch")
     assert spec is not None and spec.submodule_search_locations
     torch_folder = spec.submodule_search_locations[0]

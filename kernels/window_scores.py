@@ -17,7 +17,8 @@ def window_scores(
         q_BWND: queries of the observation window, after RoPE.
         k_BHSD: stored keys, after RoPE.
         pos_BHS: int32 absolute positions of the keys; -1 marks an empty place.
-        position_BW: absolute positions of the queries; -1 marks a query that does not exist.
+        position_BW: absolute positions of the queries; -1 marks a query that does not exist; the others
+            see at least one key, as a token sees itself.
         rows: "mean" or "max" over the window's queries.
         window: the model's sliding window in tokens, or None.
 

@@ -14,7 +14,7 @@ class FusedBlock:
     """Decodes one token per row through a block's own weights; see `kernels.decode_block`.
 
     Args:
-        block: the block, which stays as it is and can go on being called itself.
+        block: the block, which stays as it is; weights that it is given later are not seen here.
 
     Example:
         >>> import torch

@@ -234,14 +234,14 @@ def test_a_broken_compiler_is_not_the_end(run, without_native):
 def test_compile_that_was_asked_for_must_work(run, without_native, call):
     status, out, err = run(chat.main, "--compile", *call, stdin=b"hi\n")
     assert status == 2 and not out
-    assert re.match(r"zoo.chat: compiling failed \(/bin/false .*\): repair the C\+\+ .* or pass --no-compile\n$", err)
+    assert re.match(r"zoo.chat: compiling failed \(/bin/false .*\): repair that, or pass --no-compile\n$", err)
 
 
 def test_without_a_compiler_the_chat_runs_uncompiled(run, without_native, monkeypatch):
     monkeypatch.setenv("CXX", "/nowhere/g++")
     status, out, err = run(chat.main, stdin=b"hi\n")
     assert status == 0 and len(out) == 9
-    assert err.splitlines()[0].startswith("there is no C++ compiler: running uncompiled")
+    assert err.splitlines()[0].startswith("there is no C++ compiler (install g++): running uncompiled")
     status, out, err = run(chat.main, "--compile", stdin=b"hi\n")
     assert (status, out) == (2, "") and err.startswith("zoo.chat: --compile needs a C++ compiler and there is none")
 

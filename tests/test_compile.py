@@ -5,6 +5,9 @@ import torch
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.utils import counters
 
+from kernels import few_rows_linear, native, ragged_append, ragged_decode
+from layers import linear
+from layers.cache import arena
 from tests.test_engine import close, importance, make_loaded, tokens  # noqa: F401 (importance is an autouse fixture)
 from zoo.engine import Engine
 
@@ -68,7 +71,12 @@ def test_a_ragged_batch_compiles_once_too():
 
 @pytest.mark.parametrize("cache", ["headkv:window=4,recent=4", "full", "streaming"])
 @pytest.mark.parametrize("windows", [(None, None, None), (24, None, 24)], ids=["full", "sliding"])
-def test_fused_blocks_give_the_numbers_of_plain_ones(cache, windows):
+def test_fused_blocks_give_the_numbers_of_plain_ones(cache, windows, monkeypatch):
+    native.load()  # and let everything but the fused blocks be PyTorch
+    monkeypatch.setattr(native, "serves", lambda x: False)
+    monkeypatch.setattr(linear, "few_rows_linear", few_rows_linear.reference)
+    monkeypatch.setattr(arena, "ragged_append", ragged_append.reference)
+    monkeypatch.setattr(arena, "ragged_decode", ragged_decode.reference)
     loaded = make_loaded(windows=windows)
     options = {"cache": cache, "budget": 24, "max_new_tokens": 10, "max_context": 400}
     fused, plain = Engine(loaded, compile=True, **options), Engine(loaded, **options)
@@ -79,6 +87,15 @@ def test_fused_blocks_give_the_numbers_of_plain_ones(cache, windows):
     assert all(getattr(fused.cache, name).data_ptr() == pointer for name, pointer in pointers.items())
     ragged = tokens(50, 90, 20)
     close(conversation(fused, ragged), conversation(plain, ragged))
-    many = tokens(*range(10, 20))
-    close(fused.prefill(many), plain.prefill(many))
-    close(fused.step([1] * 10), plain.step([1] * 10))
+
+
+def test_many_rows_are_compiled_by_torch():
+    loaded, many = make_loaded(), tokens(*range(10, 20))
+    compiled, plain = (Engine(loaded, cache="full", max_context=50, compile=compile) for compile in (True, False))
+    close(compiled.prefill(many), plain.prefill(many))
+    close(compiled.step([1] * 10), plain.step([1] * 10))
+
+
+def test_what_compile_may_be():
+    with pytest.raises(ValueError, match='compile must be True, False or "inductor"'):
+        Engine(make_loaded(), compile="inductr")

@@ -836,3 +836,33 @@ def test_two_processes_build_at_once(fresh, monkeypatch, tmp_path):
     assert [process.returncode for process in processes] == [0, 0]
     assert [str(file) for file in files(fresh)] == list(libraries)
     assert ctypes.CDLL(libraries.pop()).one() == 1
+
+
+@pytest.mark.parametrize("slot", [0, 3])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_ragged_decode_hides_no_damaged_key(slot, value):
+    k, v = torch.randn(1, 4, 8), torch.randn(1, 4, 8)
+    k[0, slot, 0] = value
+    pos, zero = torch.arange(4, dtype=torch.int32)[None], torch.zeros(1, 1, 1, dtype=torch.int32)
+    arguments = (torch.ones(1, 1, 8), k, v, pos, zero, zero + 4, torch.tensor([0]), pos[:, 3], None)
+    assert ragged_decode.ragged_decode(*arguments).isnan().all() and ragged_decode.reference(*arguments).isnan().all()
+
+
+def test_what_would_be_read_wrongly_is_refused():
+    op, half, zero = torch.ops.headkv, torch.zeros(1, 4, 16)[..., :8], torch.zeros(1, 1, 1, dtype=torch.int32)
+    pos, layer = torch.zeros(1, 4, dtype=torch.int32), torch.tensor([0])
+    whole, here = half.contiguous(), pos[:, 0].contiguous()
+    for q, k, v, at in [
+        (whole[:, :1].bfloat16(), whole, whole, layer),
+        (whole[:, :1], half, whole, layer),
+        (whole[:, :1], whole, half, layer),
+        (whole[:, :1, :4], whole, whole, layer),
+        (whole[:, :1], whole, whole, layer + 1),
+    ]:
+        with pytest.raises(RuntimeError):
+            op.ragged_decode(q, k, v, pos, zero, zero, at, here, 0)
+    for x, weight in [((1, 0), (3, 0)), ((1, 10), (2, 5)), ((1, 4), (4, 8))]:
+        with pytest.raises(RuntimeError):
+            op.few_rows_linear(torch.zeros(x), torch.zeros(weight), None, None)
+    with pytest.raises(RuntimeError):
+        op.silu_mul(torch.ones(2, 5))

@@ -403,13 +403,15 @@ def compiles(args: argparse.Namespace, *, interactive: bool) -> bool:
     """
     if args.compile is False or (args.compile is None and args.device != "cpu" and not interactive):
         return False
+    if args.device != "cpu":
+        return True
     try:
         with waiting("Compiling; later starts find this done"):
             native.load()
     except RuntimeError as error:
         if args.compile:
-            raise ValueError(f"compiling failed ({error}): repair the C++ compiler, or pass --no-compile") from error
-        note(f"{error}: running uncompiled, which is slower; install g++, or silence this with --no-compile")
+            raise ValueError(f"compiling failed ({error}): repair that, or pass --no-compile") from error
+        note(f"{error}: running uncompiled, which is slower; repair that, or silence this with --no-compile")
         return False
     return True
 

@@ -67,7 +67,7 @@ class Engine:
         batch: rows to allocate now.
         compile: decode through compiled code. True takes what is fastest: on a CPU and up to 8 rows one C++ operator
             per block (built once per machine), else torch.compile, once for all layers; "inductor" takes torch.compile
-            in any case.
+            in any case. From then on all engines of the process use the C++ operators where PyTorch's would run.
         importance: head-importance file for methods that need one; None takes the one that ships for the model.
         chunk_tokens: prompts longer than this are taken in chunks of as many tokens, compressed after each.
         allow_overflow: allow conversations longer than the model's trained context.
@@ -108,6 +108,8 @@ class Engine:
         }.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
+        if compile not in (True, False, "inductor"):
+            raise ValueError(f'compile must be True, False or "inductor", not {compile!r}')
         config = loaded.config
         trained = config.max_position
         if max_context is not None and max_context > trained and not allow_overflow:
@@ -131,7 +133,7 @@ class Engine:
             try:
                 native.load()
             except RuntimeError as error:
-                raise ValueError(f"cannot compile ({error}): install g++, or run uncompiled") from error
+                raise ValueError(f"cannot compile ({error}): repair that, or run uncompiled") from error
         self._allocate(batch)
         self.reset()
 

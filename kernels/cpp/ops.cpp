@@ -77,6 +77,7 @@ Matrix matrix(const Tensor& weight, const Maybe& bias, const Maybe& scale, int64
 Tensor few_rows_linear(Tensor x, Tensor weight, Maybe bias, Maybe scale) {
   x = packed(x);
   const Matrix m = matrix(weight, bias, scale, x.size(-1), x.scalar_type());
+  STD_TORCH_CHECK(m.in > 0, "the weight has no columns");
   const int64_t rows = x.numel() / m.in;
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = m.out;
@@ -105,6 +106,7 @@ Tensor rms_norm(Tensor x, Tensor weight, double eps) {
 
 Tensor silu_mul(Tensor gate_up) {
   gate_up = packed(gate_up);
+  STD_TORCH_CHECK(gate_up.size(-1) > 1 && gate_up.size(-1) % 2 == 0, "gate and up must be equally wide");
   std::vector<int64_t> shape(gate_up.sizes().begin(), gate_up.sizes().end());
   const int64_t size = shape.back() /= 2;
   Tensor y = allocated(shape, gate_up);
@@ -132,29 +134,47 @@ Tensor rope(Tensor x_BTHD, Tensor cos_BTd, Tensor sin_BTd) {
   return y;
 }
 
+void check_table(const Tensor& table, const std::vector<int64_t>& sizes, ScalarType type, const char* what) {
+  STD_TORCH_CHECK(std::vector<int64_t>(table.sizes().begin(), table.sizes().end()) == sizes && table.is_contiguous() &&
+                      table.scalar_type() == type,
+                  what, " has the wrong shape or dtype, or is not contiguous");
+}
+
 template <class T>
 Arena<T> arena_of(const Tensor& k_arena, const Tensor& v_arena, const Tensor& pos, const Tensor& table,
-                  const Tensor& position_B) {
+                  const Tensor& position_B, ScalarType type) {
+  const int64_t B = table.size(0), slots = k_arena.size(1), D = k_arena.size(2);
+  check_table(k_arena, {B, slots, D}, type, "k_arena");
+  check_table(v_arena, {B, slots, D}, type, "v_arena");
+  check_table(pos, {B, slots}, ScalarType::Int, "pos");
+  check_table(position_B, {B}, ScalarType::Int, "position_B");
   Arena<T> arena{};
   arena.k = data<T>(k_arena), arena.v = data<T>(v_arena), arena.pos = data<int32_t>(pos);
-  arena.slots = k_arena.size(1), arena.head_dim = k_arena.size(2);
-  arena.batch = table.size(0), arena.kv_heads = table.size(2), arena.table_stride = table.stride(0);
+  arena.slots = slots, arena.head_dim = D;
+  arena.batch = B, arena.kv_heads = table.size(2), arena.table_stride = table.stride(0);
   arena.position = data<int32_t>(position_B);
   return arena;
 }
 
-const int32_t* at_layer(const Tensor& table, const Tensor& layer_1) {
-  return data<int32_t>(table) + *data<int64_t>(layer_1) * table.size(2);
+const int32_t* at_layer(const Tensor& table, const Tensor& like, const Tensor& layer_1) {
+  check_table(table, {like.size(0), like.size(1), like.size(2)}, ScalarType::Int, "a table of slots or lengths");
+  const int64_t layer = *data<int64_t>(layer_1);
+  STD_TORCH_CHECK(layer >= 0 && layer < table.size(1), "there is no layer ", layer);
+  return data<int32_t>(table) + layer * table.size(2);
 }
 
 void ragged_append(Tensor k_arena, Tensor v_arena, Tensor pos, Tensor slot_BLH, Tensor layer_1, Tensor k_BHD,
                    Tensor v_BHD, Tensor position_B, Tensor active_B) {
   for_type(k_arena, [&](auto zero) {
     using T = decltype(zero);
-    Arena<T> arena = arena_of<T>(k_arena, v_arena, pos, slot_BLH, position_B);
-    arena.slot = at_layer(slot_BLH, layer_1), arena.active = data<bool>(active_B);
+    Arena<T> arena = arena_of<T>(k_arena, v_arena, pos, slot_BLH, position_B, k_arena.scalar_type());
+    arena.slot = at_layer(slot_BLH, slot_BLH, layer_1), arena.active = data<bool>(active_B);
     const int64_t D = arena.head_dim;
     auto heads_packed = [&](const Tensor& x) { return x.stride(2) == 1 && x.stride(1) == D ? x : packed(x); };
+    for (const Tensor& x : {k_BHD, v_BHD})
+      STD_TORCH_CHECK(x.scalar_type() == k_arena.scalar_type() && x.size(0) == arena.batch &&
+                          x.size(1) == arena.kv_heads && x.size(2) == D,
+                      "k and v must be (B, H, D) in the arena's dtype");
     const Tensor k = heads_packed(k_BHD), v = heads_packed(v_BHD);
     append(arena, data<T>(k), data<T>(v), k.stride(0), v.stride(0));
   });
@@ -165,8 +185,12 @@ Tensor ragged_decode(Tensor q_BND, Tensor k_arena, Tensor v_arena, Tensor pos, T
   Tensor out = allocated({q_BND.sizes().begin(), q_BND.sizes().end()}, q_BND);
   for_type(q_BND, [&](auto zero) {
     using T = decltype(zero);
-    Arena<T> arena = arena_of<T>(k_arena, v_arena, pos, offset_BLH, position_B);
-    arena.offset = at_layer(offset_BLH, layer_1), arena.length = at_layer(length_BLH, layer_1);
+    Arena<T> arena = arena_of<T>(k_arena, v_arena, pos, offset_BLH, position_B, q_BND.scalar_type());
+    arena.offset = at_layer(offset_BLH, offset_BLH, layer_1);
+    arena.length = at_layer(length_BLH, offset_BLH, layer_1);
+    STD_TORCH_CHECK(q_BND.size(0) == arena.batch && q_BND.size(1) % arena.kv_heads == 0 &&
+                        q_BND.size(2) == arena.head_dim,
+                    "q must be (B, N, D) with N a multiple of the arena's heads");
     arena.group = q_BND.size(1) / arena.kv_heads, arena.window = window;
     RaggedDecode<T> attention(arena);
     attention.set_queries(as_floats(packed(q_BND)).data());
@@ -192,7 +216,10 @@ Tensor decode_block_op(Tensor x_BTE, Tensor cos_BTd, Tensor sin_BTd, Tensor atte
   check_row(mlp_norm, E, type, "mlp_norm");
   check_row(q_norm, D, type, "q_norm");
   check_row(k_norm, D, type, "k_norm");
-  STD_TORCH_CHECK(k_arena.scalar_type() == type && v_arena.scalar_type() == type, "the arena must have x's dtype");
+  STD_TORCH_CHECK(out.size(0) == E && down.size(0) == E && gate_up.size(0) == 2 * down.size(1) &&
+                      out.size(1) % (D * slot_BLH.size(2)) == 0 &&
+                      qkv.size(0) == out.size(1) + 2 * D * slot_BLH.size(2) && slot_BLH.size(0) == x_BTE.size(0),
+                  "the shapes of weights, arena and x do not belong together");
   STD_TORCH_CHECK(x_BTE.size(1) == 1 && 2 * cos_BTd.numel() == x_BTE.size(0) * D,
                   "x must be (B, 1, E), cosine and sine (B, 1, D / 2)");
   const BlockWeights weights{as_floats(attention_norm),
@@ -208,9 +235,10 @@ Tensor decode_block_op(Tensor x_BTE, Tensor cos_BTd, Tensor sin_BTd, Tensor atte
   Tensor y = allocated({x_BTE.sizes().begin(), x_BTE.sizes().end()}, x_BTE);
   for_type(x_BTE, [&](auto zero) {
     using T = decltype(zero);
-    Arena<T> arena = arena_of<T>(k_arena, v_arena, pos, slot_BLH, position_B);
-    arena.slot = at_layer(slot_BLH, layer_1), arena.active = data<bool>(active_B);
-    arena.offset = at_layer(offset_BLH, layer_1), arena.length = at_layer(length_BLH, layer_1);
+    Arena<T> arena = arena_of<T>(k_arena, v_arena, pos, slot_BLH, position_B, type);
+    arena.slot = at_layer(slot_BLH, slot_BLH, layer_1), arena.active = data<bool>(active_B);
+    arena.offset = at_layer(offset_BLH, slot_BLH, layer_1);
+    arena.length = at_layer(length_BLH, slot_BLH, layer_1);
     arena.group = weights.out.in / arena.head_dim / arena.kv_heads, arena.window = window;
     decode_block(weights, arena, as_floats(packed(cos_BTd)).data(), as_floats(packed(sin_BTd)).data(), data<T>(x_BTE),
                  data<T>(y));

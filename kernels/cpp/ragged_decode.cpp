@@ -87,10 +87,11 @@ void RaggedDecode<T>::attend_tile(const Tile& tile, int64_t first_query, float* 
     float *weight = score + g * kTile, *result = out + g * per_query_;
     const float largest = *std::max_element(weight, weight + count);
     std::fill(weight + count, weight + (count + kLanes - 1) / kLanes * kLanes, -INFINITY);
+    const float top = largest == -INFINITY ? 0.0f : largest;  // of what is all hidden, nothing; NaN stays
     Floats mass = {};
     for (int64_t slot = 0; slot < count; slot += kLanes) {
       Floats& some = *reinterpret_cast<Floats*>(weight + slot);
-      some = largest == -INFINITY ? Floats{} : exp_negative(some - largest);
+      some = exp_negative(some - top);
       mass += some;
     }
     result[0] = largest;
@@ -123,7 +124,8 @@ void RaggedDecode<T>::merge(int64_t row_and_head, float* out) const {
     float largest = -INFINITY, mass = 0.0f;
     for (int64_t tile = begin; tile < end; tile++) largest = std::max(largest, part(tile)[0]);
     std::fill(mixed.begin(), mixed.end(), 0.0f);
-    for (int64_t tile = begin; tile < end && largest != -INFINITY; tile++) {
+    for (int64_t tile = begin; tile < end; tile++) {
+      if (part(tile)[1] == 0) continue;
       const float share = std::exp(part(tile)[0] - largest);
       mass += share * part(tile)[1];
       for (int64_t d = 0; d < stride_; d++) mixed[d] += share * part(tile)[2 + d];
