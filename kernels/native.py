@@ -144,7 +144,7 @@ def _call(*command: str) -> None:
 def _cache() -> Path:
     """Where built libraries are kept: beside Inductor's if its folder was chosen, else under the user's cache."""
     chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or os.environ.get("HEADKV_ZOO_HOME")
-    return Path(chosen, "native") if chosen else Path.home() / ".cache" / "headkv-zoo" / "native"
+    return Path(chosen or "~/.cache/headkv-zoo").expanduser() / "native"
 
 
 def _processor() -> str:

@@ -35,6 +35,6 @@ class GatedMLP(nn.Module):
         self.down = Linear(intermediate_size, hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Transform (..., E) to (..., E)."""
+        """Transform (..., T, E) to (..., T, E)."""
         parts = [self.down(silu_mul(self.gate_up(part))) for part in x.split(_ROWS_AT_ONCE, dim=-2)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)

@@ -6,7 +6,6 @@ download. Absolute perplexities on it say little; what counts is the difference,
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from checkpoints.resolve import DEFAULT_MODEL
 from zoo import cli, load
 from zoo.load import DTYPES, Loaded
 
@@ -89,16 +89,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m recipes.perplexity", description=__doc__)
-    parser.add_argument("--model", default="smollm2-135m")
+    whole = cli.whole_number(2)
+    parser = cli.Parser(prog="python -m recipes.perplexity", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default=DEFAULT_MODEL, metavar="M", help="as for zoo.chat (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the base (default: %(default)s)")
     parser.add_argument("--against", choices=[*DTYPES, "int8"], default="int8", help="default: %(default)s")
-    parser.add_argument("--windows", type=int, default=24, help="default: %(default)s")
-    parser.add_argument("--tokens", type=int, default=1024, help="per window (default: %(default)s)")
+    parser.add_argument("--windows", type=whole, default=24, help="default: %(default)s")
+    parser.add_argument("--tokens", type=whole, default=1024, help="per window (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     args = parser.parse_args(argv)
-    if args.windows < 2 or args.tokens < 2:
-        raise ValueError("two windows of two tokens are the least: raise --windows and --tokens")
+    if args.output and not args.output.parent.is_dir():
+        raise ValueError(f"--output {args.output} cannot be written: there is no folder {args.output.parent}")
     base = load(args.model, dtype=args.dtype)
     if args.against == "int8":
         other = load(args.model, dtype=args.dtype, weights="int8")

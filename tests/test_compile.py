@@ -92,8 +92,14 @@ def test_fused_blocks_give_the_numbers_of_plain_ones(cache, windows, monkeypatch
 def test_many_rows_are_compiled_by_torch():
     loaded, many = make_loaded(), tokens(*range(10, 20))
     compiled, plain = (Engine(loaded, cache="full", max_context=50, compile=compile) for compile in (True, False))
+    torch._dynamo.reset()
+    counters.clear()
     close(compiled.prefill(many), plain.prefill(many))
     close(compiled.step([1] * 10), plain.step([1] * 10))
+    assert counters["stats"]["unique_graphs"] == 1
+    compiled.prefill(many[:8])
+    compiled.step([1] * 8)
+    assert counters["stats"]["unique_graphs"] == 1, "few rows need no torch.compile"
 
 
 def test_what_compile_may_be():

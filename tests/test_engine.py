@@ -11,6 +11,7 @@ from layers.cache.arena import ArenaCache
 from layers.cache.prompt import PromptPass
 from layers.methods import build_method, method_names
 from layers.plan import ArenaShape
+from layers.quantize import quantize_weights
 from zoo import engine as engine_module
 from zoo.engine import Engine
 from zoo.family import Decoder
@@ -19,7 +20,7 @@ from zoo.load import Loaded
 V = 97
 
 
-def make_loaded(*, windows=(None, None, None), heads=(4, 2), model_type="mistral", max_position=512):
+def make_loaded(*, windows=(None, None, None), heads=(4, 2), model_type="mistral", max_position=512, tied=False):
     config = ModelConfig(
         model_type=model_type,
         vocab_size=V,
@@ -32,7 +33,7 @@ def make_loaded(*, windows=(None, None, None), heads=(4, 2), model_type="mistral
         max_position=max_position,
         rms_norm_eps=1e-5,
         rope=RopeConfig(),
-        tie_embeddings=False,
+        tie_embeddings=tied,
         layer_windows=windows,
     )
     torch.manual_seed(0)
@@ -535,3 +536,20 @@ def test_an_empty_turn_is_refused_also_while_a_token_is_pending(loaded):
     next(engine.stream(tokens(5)[0]))
     with pytest.raises(ValueError, match="empty"):
         engine.extend([[]])
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_int8_weights_are_the_rounded_ones(tied, compile):
+    """Everywhere that a weight is used: table, head, prompts, steps, plain and fused."""
+    quantised, rounded = make_loaded(tied=tied), make_loaded(tied=tied)
+    quantize_weights(quantised.model)
+    scales, state = dict(quantised.model.named_buffers()), quantised.model.state_dict()
+    for name, weight in rounded.model.named_parameters():
+        if (scale := scales.get(name.replace("weight", "scale"))) is not None:
+            assert state[name].dtype == torch.int8 and (weight - state[name] * scale[:, None]).abs().max() > 0
+            weight.copy_(state[name] * scale[:, None])
+    engines = [Engine(made, cache="full", max_context=60, compile=compile) for made in (quantised, rounded)]
+    got, wanted = ([engine.prefill(tokens(40, 30)), engine.step([1, 2])] for engine in engines)
+    close(torch.stack(got), torch.stack(wanted))
+    close(quantised.model(torch.tensor(tokens(20))), rounded.model(torch.tensor(tokens(20))))

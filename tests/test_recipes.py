@@ -14,10 +14,11 @@ import torch
 
 import recipes.calibrate_heads as calibrate_heads
 import recipes.eval_needles as eval_needles
+import recipes.perplexity as perplexity
 from checkpoints import CheckpointError, config_hash, read_importance
 from recipes.needles import SPLITS, TASKS, NeedlePrompt, make_prompt, make_prompts
 from recipes.replay import Record, answer_logits
-from tests import tiny
+from tests import tiny, tiny_chat
 from zoo import Engine, Loaded
 
 LENGTH = 200
@@ -277,3 +278,19 @@ def tiny_config() -> Any:
         tie_embeddings=True,
         layer_windows=(None,),
     )
+
+
+def test_perplexity(tmp_path, capsys):
+    model, output = str(tiny_chat.write(tmp_path / "tiny")), tmp_path / "figures.json"
+    options = ["--model", model, "--windows", "3", "--tokens", "20", "--output", str(output)]
+    assert perplexity.main([*options, "--against", "float32"]) == 0
+    same = json.loads(output.read_text())
+    assert same["perplexity"] == same["other_perplexity"] > 1 and same["difference_percent"] == 0
+    assert perplexity.main(options) == 0
+    other = json.loads(output.read_text())
+    assert other["perplexity"] == same["perplexity"] != other["other_perplexity"]
+    assert other["difference_low_percent"] < other["difference_percent"] < other["difference_high_percent"]
+    capsys.readouterr()
+    for wrong in (["--windows", "1"], ["--against", "int4"], ["--bogus"], ["--output", "/nowhere/x.json"]):
+        assert perplexity.main([*options, *wrong]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1

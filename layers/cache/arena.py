@@ -57,7 +57,6 @@ class ArenaCache:
         self.offset, self.capacity, self.kept = integers(B, L, H), integers(B, L, H), integers(B, L, H)
         self.ring_start, self.length, self._slot = integers(B, L, H), integers(B, L, H), integers(B, L, H)
         self.position, self.generated = integers(B), integers(B)
-        self._compiled = compiled
         if compiled:
             for tensor in (self.k, self.v, self.pos):
                 torch._dynamo.mark_dynamic(tensor, 1)
