@@ -57,7 +57,7 @@ def load() -> None:
         import torch
 
         from kernels import (  # noqa: F401  (their schemas)
-            decode_block,
+            decode_blocks,
             few_rows_linear,
             ragged_append,
             ragged_decode,

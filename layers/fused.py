@@ -1,20 +1,23 @@
-"""A block's decode step as a single operator."""
+"""All blocks of a decode step as a single operator."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from kernels.decode_block import decode_block
+from kernels.decode_blocks import decode_blocks
 from layers.block import Block
 from layers.cache.arena import ArenaCache
 from layers.linear import Linear
 
 
-class FusedBlock:
-    """Decodes one token per row through a block's own weights; see `kernels.decode_block`.
+class FusedBlocks:
+    """Decodes one token per row through blocks' own weights; see `kernels.decode_blocks`.
 
     Args:
-        block: the block, which stays as it is; weights that it is given later are not seen here.
+        blocks: of a model, from its first layer on; they stay as they are, and weights that they are given later are
+            not seen here.
 
     Example:
         >>> import torch
@@ -29,33 +32,38 @@ class FusedBlock:
         ...     cache.lay_out(torch.zeros(1, 1, 1), room=[3])
         ...     cache.begin_step(torch.tensor([True]))
         >>> x = torch.ones(1, 1, 8)
-        >>> torch.allclose(FusedBlock(block)(x, rotation, caches[0]), block(x, rotation, caches[1]))
+        >>> torch.allclose(FusedBlocks([block])(x, rotation, caches[0]), block(x, rotation, caches[1]))
         True
     """
 
-    def __init__(self, block: Block) -> None:
-        attention, mlp = block.attention, block.mlp
-
-        def matrix(linear: Linear) -> tuple[Tensor | None, ...]:
-            return linear.weight, linear.bias, linear.scale
-
-        q_norm, k_norm = attention.q_norm, attention.k_norm
-        assert isinstance(attention.layer_1, Tensor)
-        self._layer_1 = attention.layer_1
-        self._weights = (
-            block.attention_norm.weight,
-            *matrix(attention.qkv),
-            q_norm.weight if q_norm else None,
-            k_norm.weight if k_norm else None,
-            *matrix(attention.out),
-            block.mlp_norm.weight,
-            *matrix(mlp.gate_up),
-            *matrix(mlp.down),
-            block.attention_norm.eps,
-            q_norm.eps if q_norm else 0.0,
-            attention.window or 0,
-        )
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        first = blocks[0]
+        assert isinstance(first.attention.layer_1, Tensor)
+        self._first_layer_1 = first.attention.layer_1
+        self._weights = [weight for block in blocks for weight in _weights(block)]
+        q_norm = first.attention.q_norm
+        self._numbers = first.attention_norm.eps, q_norm.eps if q_norm else 0.0
+        self._windows = [block.attention.window or 0 for block in blocks]
 
     def __call__(self, x_BTE: Tensor, rotation: tuple[Tensor, Tensor], cache: ArenaCache) -> Tensor:
-        """Transform hidden states (B, 1, E) to (B, 1, E), storing the token in the cache."""
-        return decode_block(x_BTE, *rotation, self._weights, *cache.decode_tables(self._layer_1))
+        """Transform hidden states (B, 1, E) to (B, 1, E), storing the token in every layer of the cache."""
+        tables = cache.decode_tables(self._first_layer_1)
+        return decode_blocks(x_BTE, *rotation, self._weights, *self._numbers, self._windows, *tables)
+
+
+def _weights(block: Block) -> tuple[Tensor | None, ...]:
+    attention, mlp = block.attention, block.mlp
+
+    def matrix(linear: Linear) -> tuple[Tensor | None, ...]:
+        return linear.weight, linear.bias, linear.scale
+
+    return (
+        block.attention_norm.weight,
+        *matrix(attention.qkv),
+        attention.q_norm.weight if attention.q_norm else None,
+        attention.k_norm.weight if attention.k_norm else None,
+        *matrix(attention.out),
+        block.mlp_norm.weight,
+        *matrix(mlp.gate_up),
+        *matrix(mlp.down),
+    )

@@ -225,7 +225,7 @@ def test_what_is_compiled(run, monkeypatch, options, compile):
     status, out, err = run(*SMALL, "--cache", "full", "--no-compile-times", *options)
     assert status == 0, err
     assert json.loads(out[-1])["points"][0]["compile"] == compile
-    assert {type(block).__name__ for block in asked[0]._blocks} == {"FusedBlock" if compile is True else "partial"}
+    assert {type(block).__name__ for block in asked[0]._blocks} == {"FusedBlocks" if compile is True else "partial"}
 
 
 def test_a_broken_compiler(run, without_native):

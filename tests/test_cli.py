@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from layers.fused import FusedBlock
+from layers.fused import FusedBlocks
 from tests import tiny_chat
 from zoo import Engine, chat, cli, generate, load
 from zoo.conversation import Conversation
@@ -220,7 +220,7 @@ def test_the_decode_step_is_compiled_by_default(run, monkeypatch, options, compi
     monkeypatch.setattr(Engine, "_allocate", lambda engine, batch: (allocate(engine, batch), made.append(engine))[0])
     for call in ({"stdin": b"hi\n"}, {}):
         assert run(chat.main, *options, *(() if call else ("--prompt", "hi")), **call)[0] == 0
-    assert {isinstance(block, FusedBlock) for engine in made for block in engine._blocks} == {compile}
+    assert {isinstance(block, FusedBlocks) for engine in made for block in engine._blocks} == {compile}
 
 
 def test_a_broken_compiler_is_not_the_end(run, without_native):

@@ -12,12 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import decode_block, few_rows_linear, native, ragged_append, ragged_decode, rms_norm, rope, silu_mul
+from kernels import decode_blocks, few_rows_linear, native, ragged_append, ragged_decode, rms_norm, rope, silu_mul
 from kernels.few_rows_linear import few_rows_linear as product
 from layers.attention import Attention
 from layers.block import Block
 from layers.cache.arena import ArenaCache
-from layers.fused import FusedBlock
+from layers.fused import FusedBlocks
 from layers.linear import Linear
 from layers.mlp import GatedMLP
 from layers.plan import ArenaShape
@@ -440,7 +440,7 @@ def block_case(
     window=None,
     seed=0,
 ):
-    """Weights in the order of `decode_block`, an arena whose free slots are in its lengths, and the other arguments."""
+    """Weights of one block, its numbers, an arena whose free slots are in its lengths, and the other arguments."""
     N, seeds = H * group, itertools.count(seed)
 
     def matrix(rows, columns):
@@ -464,6 +464,12 @@ def block_case(
     angle = random(B, 1, D // 2, seed=next(seeds)) * 9
     cache = [a.k, a.v, a.pos, a.slot, a.offset, a.length, LAYER, a.position, active]
     return [2 * random(B, 1, E, seed=next(seeds), dtype=dtype), angle.cos(), angle.sin(), weights, *cache]
+
+
+def blocks(run, x, cos, sin, weights, *cache):
+    """A single block by something with the arguments of `decode_blocks`."""
+    *weights, eps, qk_eps, window = weights
+    return run(x, cos, sin, weights, eps, qk_eps, [window], *cache)
 
 
 def cloned(case):
@@ -508,10 +514,10 @@ def naive_block(x, cos, sin, weights, k_arena, v_arena, pos, slot, offset, lengt
 def check_block(case):
     """The result and the cache afterwards; returns the result."""
     x, cos, sin, weights, *cache = cloned(case)
-    y = decode_block.decode_block(x, cos, sin, weights, *cache)
+    y = blocks(decode_blocks.decode_blocks, x, cos, sin, weights, *cache)
     plain = cloned(case)
     exact, after = naive_block(*case)
-    check(y, exact, decode_block.reference(*plain))
+    check(y, exact, blocks(decode_blocks.reference, *plain))
     assert same(x, case[0]) and all(same(a, b) for a, b in zip(cache[3:], case[7:], strict=True)), (
         "only the arena is written"
     )
@@ -544,20 +550,20 @@ BLOCKS = {
 @pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
 @pytest.mark.parametrize("B", [1, 3, 8, 11])
 @pytest.mark.parametrize("block", BLOCKS)
-def test_decode_block_is_the_block(dtype, int8, B, block):
+def test_decode_blocks_is_the_block(dtype, int8, B, block):
     check_block(block_case(dtype=dtype, int8=int8, B=B, **BLOCKS[block]))
 
 
 @dtypes
 @pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
 @pytest.mark.parametrize("block", BLOCKS)
-def test_decode_block_gives_a_row_the_same_bits_in_any_company(dtype, int8, block):
+def test_decode_blocks_gives_a_row_the_same_bits_in_any_company(dtype, int8, block):
     case = block_case(dtype=dtype, int8=int8, B=9, **BLOCKS[block])
 
     def run(rows):
         x, cos, sin, weights, *cache = case
         x, cos, sin, *cache = (t if t is LAYER else t[rows].contiguous() for t in (x, cos, sin, *cache))
-        return (decode_block.decode_block(x, cos, sin, weights, *cache), *cache[:3])
+        return (blocks(decode_blocks.decode_blocks, x, cos, sin, weights, *cache), *cache[:3])
 
     together = run(list(range(9)))
     orders = [[row] for row in range(9)] + [[8, 7, 6, 5, 4, 3, 2, 1], [2, 0], [4, 4, 4, 1, 3]]
@@ -566,7 +572,7 @@ def test_decode_block_gives_a_row_the_same_bits_in_any_company(dtype, int8, bloc
 
 
 @dtypes
-def test_decode_block_stores_what_ragged_append_would(dtype):
+def test_decode_blocks_stores_what_ragged_append_would(dtype):
     case = block_case(dtype=dtype, B=4)
     *_, weights, k_arena, v_arena, pos, slot, _, _, _, position, active = case
     zero_angle = torch.ones_like(case[1]), torch.zeros_like(case[2])
@@ -577,25 +583,25 @@ def test_decode_block_stores_what_ragged_append_would(dtype):
     heads = product(normed, weights[1].float()).view(4, -1, D).to(dtype)
     expected = [t.clone() for t in (k_arena, v_arena, pos)]
     ragged_append.ragged_append(*expected, slot, LAYER, heads[:, -2 * H : -H], heads[:, -H:], position, active)
-    decode_block.decode_block(x, *zero_angle, weights, *case[4:])
+    blocks(decode_blocks.decode_blocks, x, *zero_angle, weights, *case[4:])
     for got, wanted in zip((k_arena, v_arena, pos), expected, strict=True):
         torch.testing.assert_close(got, wanted, equal_nan=True, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
         assert same(got.isnan(), wanted.isnan()) if got.is_floating_point() else same(got, wanted)
 
 
 @dtypes
-def test_decode_block_takes_strided_hidden_states(dtype):
+def test_decode_blocks_takes_strided_hidden_states(dtype):
     case = block_case(dtype=dtype, B=3)
-    expected = decode_block.decode_block(*cloned(case))
+    expected = blocks(decode_blocks.decode_blocks, *cloned(case))
     case[0] = torch.stack((case[0], case[0] * NAN), -1)[..., 0]
     case[1:3] = (x.repeat_interleave(2, -1)[..., ::2] for x in case[1:3])
     assert not case[0].is_contiguous() and not case[1].is_contiguous()
-    assert same(decode_block.decode_block(*case), expected)
+    assert same(blocks(decode_blocks.decode_blocks, *case), expected)
 
 
-def test_decode_block_does_not_depend_on_threads():
+def test_decode_blocks_does_not_depend_on_threads():
     case = block_case(B=5, **BLOCKS["large"])
-    with_threads(lambda: decode_block.decode_block(*cloned(case)))
+    with_threads(lambda: blocks(decode_blocks.decode_blocks, *cloned(case)))
 
 
 def test_the_gate_is_silu_over_its_whole_range():
@@ -608,8 +614,14 @@ def test_the_gate_is_silu_over_its_whole_range():
         weights += (torch.eye(width), None, None, 1e-5, 0.0, 0)
         table = torch.zeros(1, 1, 1, dtype=torch.int32)
         cache = (zero(1, 1, 2), zero(1, 1, 2), table[0], table, table, table + 1, torch.tensor([0]), table[0, 0])
-        y = decode_block.decode_block(
-            zero(1, 1, width), zero(1, 1, 1), zero(1, 1, 1), weights, *cache, torch.tensor([True])
+        y = blocks(
+            decode_blocks.decode_blocks,
+            zero(1, 1, width),
+            zero(1, 1, 1),
+            zero(1, 1, 1),
+            weights,
+            *cache,
+            torch.tensor([True]),
         )
         assert y.isfinite().all()
         torch.testing.assert_close(y.flatten().double(), F.silu(gate.double()), rtol=1e-6, atol=1e-35)
@@ -655,24 +667,31 @@ def test_a_product_in_half_precision_overflows_only_where_its_result_does():
 @pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
 @pytest.mark.parametrize("qk_norm_eps", [None, 1e-6])
 @pytest.mark.parametrize("window", [None, 3])
-def test_a_fused_block_is_its_block(int8, qk_norm_eps, window):
+def test_fused_blocks_are_their_blocks(int8, qk_norm_eps, window):
     B, E, D, H, N, steps = 3, 20, 6, 2, 6, 6
-    attention = Attention(
-        E, num_heads=N, num_kv_heads=H, head_dim=D, layer=1, qkv_bias=True, qk_norm_eps=qk_norm_eps, window=window
-    )
-    block = Block(attention, GatedMLP(E, 33, bias=True), E, eps=1e-5)
+
+    def make(layer, window):
+        bias = {"qkv_bias": True, "qk_norm_eps": qk_norm_eps}
+        attention = Attention(E, num_heads=N, num_kv_heads=H, head_dim=D, layer=layer, window=window, **bias)
+        return Block(attention, GatedMLP(E, 33, bias=True), E, eps=1e-5)
+
+    block = torch.nn.Sequential(make(1, window), make(2, None))
     for seed, parameter in enumerate(block.parameters()):
         parameter.requires_grad_(False).copy_(random(*parameter.shape, seed=seed) / 4)
     if int8:
         quantize_weights(block)
-    shape = ArenaShape(batch=B, num_layers=2, num_kv_heads=H, head_dim=D, slots=16, dtype=torch.float32)
-    fused, caches = FusedBlock(block), [ArenaCache(shape, "cpu") for _ in range(2)]
+    shape = ArenaShape(batch=B, num_layers=3, num_kv_heads=H, head_dim=D, slots=24, dtype=torch.float32)
+    fused, caches = FusedBlocks([*block]), [ArenaCache(shape, "cpu") for _ in range(2)]
     for cache in caches:
-        cache.lay_out(torch.zeros(B, 2, H), room=[4] * B)
+        cache.lay_out(torch.zeros(B, 3, H), room=[4] * B)
+
+    def plain(x, rotation, cache):
+        return block[1](block[0](x, rotation, cache), rotation, cache)
+
     for step in range(steps):
         x, angle = random(B, 1, E, seed=step), torch.full((B, 1, D // 2), float(step))
         outs = []
-        for run, cache in zip((fused, block), caches, strict=True):
+        for run, cache in zip((fused, plain), caches, strict=True):
             cache.begin_step(torch.tensor([True, step % 2 == 0, step < 4]))
             with torch.no_grad():
                 outs.append(run(x, (angle.cos(), angle.sin()), cache))
@@ -686,7 +705,7 @@ def test_a_fused_block_is_its_block(int8, qk_norm_eps, window):
 @dtypes
 @pytest.mark.parametrize(
     "op",
-    ["few_rows_linear", "int8", "ragged_append", "ragged_decode", "decode_block", "rms_norm", "silu_mul", "rope"],
+    ["few_rows_linear", "int8", "ragged_append", "ragged_decode", "decode_blocks", "rms_norm", "silu_mul", "rope"],
 )
 def test_the_operators_say_what_they_do(dtype, op):
     a = arena_of([[5, 0], [300, 2]], 6, dtype=dtype, group=2)
@@ -707,7 +726,7 @@ def test_the_operators_say_what_they_do(dtype, op):
         "ragged_decode": (a.q, a.k, a.v, a.pos, a.offset, a.length, LAYER, a.position, 0),
     }
     x, cos, sin, weights, *cache = block_case(dtype=dtype, biases=True)
-    arguments["decode_block"] = (x, cos, sin, *weights, *cache)
+    arguments["decode_blocks"] = blocks(lambda *case: case, x, cos, sin, weights, *cache)
     arguments["rms_norm"], arguments["silu_mul"] = (x, weights[0], 1e-5), (x,)
     arguments["rope"] = (x.view(3, 1, 2, 10), *(random(3, 1, 5, seed=seed, dtype=dtype) for seed in (1, 2)))
     function = getattr(torch.ops.headkv, "few_rows_linear" if op == "int8" else op).default

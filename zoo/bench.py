@@ -192,7 +192,7 @@ def _measure(args: argparse.Namespace, loaded: Loaded, point: _Point) -> dict[st
     has_own_peak, seconds, kept = machine.begin_peak(), [], []
     for step in range(1 + _WARM_UP_STEPS + args.steps):
         start = time.perf_counter()
-        token_B = (engine.step(token_B) if step else engine.prefill(prompts)).argmax(-1)
+        token_B = (engine.step(token_B) if step else engine.prefill(prompts)).max(-1).indices
         token_B.tolist()  # waits for the device
         seconds.append(time.perf_counter() - start)
         kept.append(int(engine.cache.length.sum()))

@@ -19,7 +19,7 @@ from layers.block import Block
 from layers.budget import Budget, parse_budget
 from layers.cache.arena import ArenaCache
 from layers.cache.prompt import PromptPass
-from layers.fused import FusedBlock
+from layers.fused import FusedBlocks
 from layers.methods import build_method, needs_importance
 from layers.plan import ArenaShape
 from layers.sampler import check_sampling, sample
@@ -66,8 +66,9 @@ class Engine:
         max_context: tokens of a conversation at most; None takes the model's trained context. A full cache is as large.
         batch: rows to allocate now.
         compile: decode through compiled code. True takes what is fastest: on a CPU and up to 8 rows one C++ operator
-            per block (built once per machine), else torch.compile, once for all layers; "inductor" takes torch.compile
-            in any case. From then on all engines of the process use the C++ operators where PyTorch's would run.
+            for all blocks (built once per machine), else torch.compile, once for all layers; "inductor" takes
+            torch.compile in any case. From then on all engines of the process use the C++ operators where PyTorch's would
+            run.
         importance: head-importance file for methods that need one; None takes the one that ships for the model.
         chunk_tokens: prompts longer than this are taken in chunks of as many tokens, compressed after each.
         allow_overflow: allow conversations longer than the model's trained context.
@@ -179,7 +180,7 @@ class Engine:
         blocks = cast("list[Block]", list(self.model.blocks))
         self._blocks: list[Callable[..., Tensor]] = [*blocks]
         if fused:
-            self._blocks = [FusedBlock(block) for block in blocks]
+            self._blocks = [FusedBlocks(blocks)]
         elif self._compile:
             # Inductor would otherwise test-compile every vector extension: over half of a cold start.
             compiled = torch.compile(Block.forward, fullgraph=True, options={"cpp.vec_isa_ok": True})

@@ -83,7 +83,7 @@ class Decoder(nn.Module):
             position_BT: their absolute positions.
             cache: stores keys and values and attends.
             context: tokens of the sequence, or of each row's, for RoPE scalings that depend on it.
-            blocks: stand-ins for the model's blocks, one per layer; None takes the blocks themselves.
+            blocks: what stands in for the model's blocks, in turn; None takes the blocks themselves.
 
         Returns:
             (B, T, E).

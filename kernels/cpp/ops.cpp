@@ -5,7 +5,7 @@
 
 #include <optional>
 
-#include "decode_block.h"
+#include "decode_blocks.h"
 #include "rows.h"
 
 using torch::headeronly::ScalarType;
@@ -203,35 +203,48 @@ Tensor ragged_decode(Tensor q_BND, Tensor k_arena, Tensor v_arena, Tensor pos, T
   return out;
 }
 
-Tensor decode_block_op(Tensor x_BTE, Tensor cos_BTd, Tensor sin_BTd, Tensor attention_norm, Tensor qkv, Maybe qkv_bias,
-                       Maybe qkv_scale, Maybe q_norm, Maybe k_norm, Tensor out, Maybe out_bias, Maybe out_scale,
-                       Tensor mlp_norm, Tensor gate_up, Maybe gate_up_bias, Maybe gate_up_scale, Tensor down,
-                       Maybe down_bias, Maybe down_scale, double eps, double qk_eps, int64_t window, Tensor k_arena,
-                       Tensor v_arena, Tensor pos, Tensor slot_BLH, Tensor offset_BLH, Tensor length_BLH, Tensor layer_1,
-                       Tensor position_B, Tensor active_B) {
+constexpr int64_t kPerBlock = 16;  // tensors, in the order of kernels/decode_blocks.py
+
+// One block's weights for hidden states of width E and heads of width D.
+BlockWeights block_weights(const Maybe* given, int64_t E, int64_t D, int64_t kv_heads, ScalarType type) {
+  for (int64_t i : {0, 1, 6, 9, 10, 13}) STD_TORCH_CHECK(given[i], "a block needs norms and matrices");
+  const Tensor &qkv = *given[1], &out = *given[6], &gate_up = *given[10], &down = *given[13];
+  check_row(given[0], E, type, "attention_norm");
+  check_row(given[4], D, type, "q_norm");
+  check_row(given[5], D, type, "k_norm");
+  check_row(given[9], E, type, "mlp_norm");
+  STD_TORCH_CHECK(out.size(0) == E && down.size(0) == E && gate_up.size(0) == 2 * down.size(1) &&
+                      out.size(1) % (D * kv_heads) == 0 && qkv.size(0) == out.size(1) + 2 * D * kv_heads,
+                  "the shapes of weights, arena and x do not belong together");
+  BlockWeights weights{};
+  weights.attention_norm = as_floats(given[0]), weights.mlp_norm = as_floats(given[9]);
+  weights.q_norm = as_floats(given[4]), weights.k_norm = as_floats(given[5]);
+  weights.qkv = matrix(qkv, given[2], given[3], E, type);
+  weights.out = matrix(out, given[7], given[8], out.size(1), type);
+  weights.gate_up = matrix(gate_up, given[11], given[12], E, type);
+  weights.down = matrix(down, given[14], given[15], down.size(1), type);
+  return weights;
+}
+
+Tensor decode_blocks_op(Tensor x_BTE, Tensor cos_BTd, Tensor sin_BTd, std::vector<Maybe> weights, double eps,
+                        double qk_eps, std::vector<int64_t> windows, Tensor k_arena, Tensor v_arena, Tensor pos,
+                        Tensor slot_BLH, Tensor offset_BLH, Tensor length_BLH, Tensor layer_1, Tensor position_B,
+                        Tensor active_B) {
   x_BTE = packed(x_BTE);
   const ScalarType type = x_BTE.scalar_type();
-  const int64_t E = x_BTE.size(-1), D = k_arena.size(2);
-  check_row(attention_norm, E, type, "attention_norm");
-  check_row(mlp_norm, E, type, "mlp_norm");
-  check_row(q_norm, D, type, "q_norm");
-  check_row(k_norm, D, type, "k_norm");
-  STD_TORCH_CHECK(out.size(0) == E && down.size(0) == E && gate_up.size(0) == 2 * down.size(1) &&
-                      out.size(1) % (D * slot_BLH.size(2)) == 0 &&
-                      qkv.size(0) == out.size(1) + 2 * D * slot_BLH.size(2) && slot_BLH.size(0) == x_BTE.size(0),
-                  "the shapes of weights, arena and x do not belong together");
-  STD_TORCH_CHECK(x_BTE.size(1) == 1 && 2 * cos_BTd.numel() == x_BTE.size(0) * D,
+  const int64_t B = x_BTE.size(0), E = x_BTE.size(2), D = k_arena.size(2), H = slot_BLH.size(2);
+  const int64_t count = windows.size(), layer = *data<int64_t>(layer_1);
+  STD_TORCH_CHECK(x_BTE.size(1) == 1 && slot_BLH.size(0) == B && 2 * cos_BTd.numel() == B * D &&
+                      2 * sin_BTd.numel() == B * D,
                   "x must be (B, 1, E), cosine and sine (B, 1, D / 2)");
-  const BlockWeights weights{as_floats(attention_norm),
-                             as_floats(mlp_norm),
-                             as_floats(q_norm),
-                             as_floats(k_norm),
-                             matrix(qkv, qkv_bias, qkv_scale, E, type),
-                             matrix(out, out_bias, out_scale, out.size(1), type),
-                             matrix(gate_up, gate_up_bias, gate_up_scale, E, type),
-                             matrix(down, down_bias, down_scale, down.size(1), type),
-                             float(eps),
-                             float(qk_eps)};
+  STD_TORCH_CHECK(count > 0 && int64_t(weights.size()) == count * kPerBlock && layer + count <= slot_BLH.size(1),
+                  "there must be ", kPerBlock, " weights per block, and a layer of the arena for each");
+  std::vector<BlockWeights> blocks;
+  for (int64_t i = 0; i < count; i++) {
+    blocks.push_back(block_weights(&weights[i * kPerBlock], E, D, H, type));
+    blocks[i].eps = float(eps), blocks[i].qk_eps = float(qk_eps), blocks[i].window = windows[i];
+    STD_TORCH_CHECK(blocks[i].qkv.out == blocks[0].qkv.out, "all blocks must have as many heads");
+  }
   Tensor y = allocated({x_BTE.sizes().begin(), x_BTE.sizes().end()}, x_BTE);
   for_type(x_BTE, [&](auto zero) {
     using T = decltype(zero);
@@ -239,9 +252,9 @@ Tensor decode_block_op(Tensor x_BTE, Tensor cos_BTd, Tensor sin_BTd, Tensor atte
     arena.slot = at_layer(slot_BLH, slot_BLH, layer_1), arena.active = data<bool>(active_B);
     arena.offset = at_layer(offset_BLH, slot_BLH, layer_1);
     arena.length = at_layer(length_BLH, slot_BLH, layer_1);
-    arena.group = weights.out.in / arena.head_dim / arena.kv_heads, arena.window = window;
-    decode_block(weights, arena, as_floats(packed(cos_BTd)).data(), as_floats(packed(sin_BTd)).data(), data<T>(x_BTE),
-                 data<T>(y));
+    arena.group = blocks[0].out.in / D / H;
+    decode_blocks<T>(blocks, arena, as_floats(packed(cos_BTd)).data(), as_floats(packed(sin_BTd)).data(),
+                     data<T>(x_BTE), data<T>(y));
   });
   return y;
 }
@@ -255,5 +268,5 @@ STABLE_TORCH_LIBRARY_IMPL(headkv, CPU, library) {
   library.impl("few_rows_linear", TORCH_BOX(&few_rows_linear));
   library.impl("ragged_append", TORCH_BOX(&ragged_append));
   library.impl("ragged_decode", TORCH_BOX(&ragged_decode));
-  library.impl("decode_block", TORCH_BOX(&decode_block_op));
+  library.impl("decode_blocks", TORCH_BOX(&decode_blocks_op));
 }

@@ -114,7 +114,7 @@ class ArenaCache:
         self.position += self._active_B
 
     def decode_tables(self, layer_1: Tensor) -> tuple[Tensor, ...]:
-        """What `kernels.decode_block` needs of the cache, within a step."""
+        """What `kernels.decode_blocks` needs of the cache, within a step."""
         tables = self._slot, self.offset, self.length
         return (self.k, self.v, self.pos, *tables, layer_1, self.position, self._active_B)
 

@@ -1,4 +1,4 @@
-// One token per row through one transformer block, without leaving C++ and with one start of the threads.
+// One token per row through transformer blocks, without leaving C++ and with one start of the threads.
 #pragma once
 
 #include "linear.h"
@@ -9,11 +9,13 @@ struct BlockWeights {
   std::vector<float> q_norm, k_norm;  // empty: none
   Matrix qkv, out, gate_up, down;
   float eps, qk_eps;
+  int64_t window;  // 0: none
 };
 
-// x and y (B, E); cosine and sine (B, D / 2).
+// Blocks of equal sizes; the arena's tables point at the first one's layer. x and y (B, E); cosine and sine (B, D / 2).
 template <class T>
-void decode_block(const BlockWeights& weights, Arena<T>& arena, const float* cosine, const float* sine, const T* x, T* y);
+void decode_blocks(const std::vector<BlockWeights>& blocks, Arena<T> arena, const float* cosine, const float* sine,
+                   const T* x, T* y);
 
 // Store k and v (B, H, D), row by row at the given strides, in the slots that the tables say.
 template <class T, class From>

@@ -1,4 +1,6 @@
-#include "decode_block.h"
+#include "decode_blocks.h"
+
+#include <optional>
 
 namespace {
 
@@ -33,17 +35,21 @@ void silu_mul(const float* gate, const float* up, int64_t count, float* y) {
 }  // namespace
 
 template <class T>
-void decode_block(const BlockWeights& weights, Arena<T>& arena, const float* cosine, const float* sine, const T* x,
-                  T* y) {
+void decode_blocks(const std::vector<BlockWeights>& blocks, Arena<T> arena, const float* cosine, const float* sine,
+                   const T* x, T* y) {
   const int64_t B = arena.batch, H = arena.kv_heads, N = H * arena.group, D = arena.head_dim;
-  const int64_t E = weights.out.out, F = weights.down.in, qkv_width = weights.qkv.out;
+  const int64_t E = blocks[0].out.out, qkv_width = blocks[0].qkv.out;
   std::vector<float> residual(B * E), normed(B * E), qkv(B * qkv_width), q(B * N * D), attended(B * N * D);
-  std::vector<float> projected(B * E), gate_up(B * 2 * F), gated(B * F), arranged;
-  auto norm_into = [&](const std::vector<float>& weight, const Matrix& next) {
-    for (int64_t row = 0; row < B; row++) rms_norm(&residual[row * E], weight, weights.eps, &normed[row * E]);
+  std::vector<float> projected(B * E), gate_up, gated, arranged;
+  std::optional<RaggedDecode<T>> attention;
+  auto norm_into = [&](const std::vector<float>& weight, float eps, const Matrix& next) {
+    for (int64_t row = 0; row < B; row++) rms_norm(&residual[row * E], weight, eps, &normed[row * E]);
     next.arrange_rows(normed.data(), B, E, arranged);
   };
-  auto heads_of = [&](int64_t row) {  // rotate q and k, q apart from the rest
+  auto add_projected = [&] {
+    for (int64_t i = 0; i < B * E; i++) residual[i] += projected[i];
+  };
+  auto heads_of = [&](const BlockWeights& weights, int64_t row) {  // rotate q and k, q apart from the rest
     for (int64_t head = 0; head < N + H; head++) {
       float* at = &qkv[row * qkv_width + head * D];
       const std::vector<float>& norm = head < N ? weights.q_norm : weights.k_norm;
@@ -54,25 +60,35 @@ void decode_block(const BlockWeights& weights, Arena<T>& arena, const float* cos
   };
 
   for (int64_t i = 0; i < B * E; i++) residual[i] = Element<T>::get(x[i]);
-  norm_into(weights.attention_norm, weights.qkv);
-  RaggedDecode<T> attention(arena);
 #pragma omp parallel
-  {
+  for (const BlockWeights& weights : blocks) {
+    const int64_t F = weights.down.in;
+#pragma omp single
+    {
+      if (&weights != &blocks[0]) {
+        add_projected();
+        arena.slot += H, arena.offset += H, arena.length += H;  // the next layer's
+      }
+      arena.window = weights.window;
+      attention.emplace(arena);
+      norm_into(weights.attention_norm, weights.eps, weights.qkv);
+    }
     weights.qkv.product(weights.qkv, arranged.data(), B, qkv.data());
 #pragma omp single
     {
-      for (int64_t row = 0; row < B; row++) heads_of(row);
+      for (int64_t row = 0; row < B; row++) heads_of(weights, row);
       append(arena, &qkv[N * D], &qkv[(N + H) * D], qkv_width, qkv_width);
-      attention.set_queries(q.data());
+      attention->set_queries(q.data());
     }
-    attention.attend(attended.data());
+    attention->attend(attended.data());
 #pragma omp single
     weights.out.arrange_rows(attended.data(), B, N * D, arranged);
     weights.out.product(weights.out, arranged.data(), B, projected.data());
 #pragma omp single
     {
-      for (int64_t i = 0; i < B * E; i++) residual[i] += projected[i];
-      norm_into(weights.mlp_norm, weights.gate_up);
+      add_projected();
+      norm_into(weights.mlp_norm, weights.eps, weights.gate_up);
+      gate_up.resize(B * 2 * F), gated.resize(B * F);
     }
     weights.gate_up.product(weights.gate_up, arranged.data(), B, gate_up.data());
 #pragma omp single
@@ -83,11 +99,12 @@ void decode_block(const BlockWeights& weights, Arena<T>& arena, const float* cos
     }
     weights.down.product(weights.down, arranged.data(), B, projected.data());
   }
-  for (int64_t i = 0; i < B * E; i++) y[i] = Element<T>::put(residual[i] + projected[i]);
+  add_projected();
+  for (int64_t i = 0; i < B * E; i++) y[i] = Element<T>::put(residual[i]);
 }
 
-#define INSTANTIATE(T) \
-  template void decode_block(const BlockWeights&, Arena<T>&, const float*, const float*, const T*, T*);
+#define INSTANTIATE(T)                                                                                            \
+  template void decode_blocks(const std::vector<BlockWeights>&, Arena<T>, const float*, const float*, const T*, T*);
 INSTANTIATE(float)
 INSTANTIATE(BFloat16)
 INSTANTIATE(_Float16)
