@@ -67,8 +67,8 @@ class Engine:
         batch: rows to allocate now.
         compile: decode through compiled code. True takes what is fastest: on a CPU and up to 8 rows one C++ operator
             for all blocks (built once per machine), else torch.compile, once for all layers; "inductor" takes
-            torch.compile in any case. From then on all engines of the process use the C++ operators where PyTorch's would
-            run.
+            torch.compile in any case. From then on all engines of the process use the C++ operators where
+            PyTorch's would run.
         importance: head-importance file for methods that need one; None takes the one that ships for the model.
         chunk_tokens: prompts longer than this are taken in chunks of as many tokens, compressed after each.
         allow_overflow: allow conversations longer than the model's trained context.
