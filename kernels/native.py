@@ -15,10 +15,6 @@ import tempfile
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _SOURCES = Path(__file__).with_name("cpp")
 _FLAGS = ["-std=c++20", "-O3", "-march=native", "-fopenmp", "-fPIC", "-Wno-psabi"]
@@ -56,16 +52,9 @@ def load() -> None:
         library = _building.result()
         import torch
 
-        from kernels import (  # noqa: F401  (their schemas)
-            decode_blocks,
-            few_rows_linear,
-            ragged_append,
-            ragged_decode,
-            rms_norm,
-            rope,
-            silu_mul,
-        )
+        from kernels.registry import all_kernels
 
+        all_kernels()  # their schemas
         try:
             torch.ops.load_library(library)
         except OSError:  # a damaged file: once more, from the sources
@@ -75,16 +64,6 @@ def load() -> None:
             except OSError as error:
                 raise RuntimeError(f"{library} cannot be loaded: {error}") from error
         _loaded = True
-
-
-def serves(x: Tensor) -> bool:
-    """Whether these operators should work on a tensor rather than PyTorch's.
-
-    They do once they are loaded, on a CPU, outside autograd, and where no compiler fuses what PyTorch would do.
-    """
-    import torch
-
-    return _loaded and x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def _run(building: Future[Path]) -> None:

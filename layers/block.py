@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from kernels.add_rms_norm import add_rms_norm
 from layers.attention import Attention
 from layers.cache.base import KVCache
 from layers.mlp import GatedMLP
@@ -37,6 +38,7 @@ class Block(nn.Module):
 
     def forward(self, x_BTE: Tensor, rotation: tuple[Tensor, Tensor], cache: KVCache) -> Tensor:
         """Transform hidden states (B, T, E) to (B, T, E)."""
-        x_BTE = x_BTE + self.attention(self.attention_norm(x_BTE), rotation, cache)
-        y_BTE: Tensor = x_BTE + self.mlp(self.mlp_norm(x_BTE))
+        attended_BTE = self.attention(self.attention_norm(x_BTE), rotation, cache)
+        normed_BTE, x_BTE = add_rms_norm(attended_BTE, x_BTE, self.mlp_norm.weight, self.mlp_norm.eps)
+        y_BTE: Tensor = x_BTE + self.mlp(normed_BTE)
         return y_BTE

@@ -210,10 +210,32 @@ class RotaryEmbedding(nn.Module):
         Returns:
             Cosine and sine, each (B, T, D / 2) fp32.
         """
-        contexts = [context] if isinstance(context, int) else context
-        frequencies_B1d = torch.stack([self._frequencies(tokens) for tokens in contexts])[:, None]
-        angle_BTd = position_BT[..., None].float() * frequencies_B1d
+        return self.rotation(position_BT, self.frequencies(context))
+
+    def rotation(self, position_BT: Tensor, frequencies_Bd: Tensor) -> tuple[Tensor, Tensor]:
+        """Angles of absolute positions at known frequencies, which `forward` may have to make on the host.
+
+        Args:
+            position_BT: absolute positions.
+            frequencies_Bd: of each row, or one row for all; see `frequencies`.
+
+        Returns:
+            As `forward`.
+        """
+        angle_BTd = position_BT[..., None].float() * frequencies_Bd[:, None]
         return angle_BTd.cos() * self.attention_factor, angle_BTd.sin() * self.attention_factor
+
+    def frequencies(self, context: int | Sequence[int]) -> Tensor:
+        """Frequencies for contexts of so many tokens.
+
+        Args:
+            context: as for `forward`.
+
+        Returns:
+            (B, D / 2) fp32; one row where one number is given.
+        """
+        contexts = [context] if isinstance(context, int) else context
+        return torch.stack([self._frequencies(tokens) for tokens in contexts])
 
     def _frequencies(self, context: int) -> Tensor:
         long = self.long_frequencies_d is not None and context > self.trained

@@ -120,7 +120,7 @@ def run_trial(loaded: Loaded, prompt: NeedlePrompt) -> Trial:
     ids_T = torch.tensor(prompt.ids + prompt.lead + prompt.value[:-1], device=device)
     recorder = AnswerAttention(ids_T, answer_A, prompt.gold)
     position_1T = torch.arange(len(ids_T), device=device)[None]
-    x_1TE = loaded.model.hidden(ids_T[None], position_1T, recorder, context=len(ids_T))
+    x_1TE = loaded.model.hidden(ids_T[None], loaded.model.rope(position_1T, len(ids_T)), recorder)
     said_A = loaded.model.logits(x_1TE[0, -len(answer_A) :]).argmax(-1)
     accepted = float((said_A == answer_A).float().mean()) >= ACCEPTED_SHARE
     r_LN, r2_LN = torch.stack(recorder.r_LN).cpu(), torch.stack(recorder.r2_LN).cpu()

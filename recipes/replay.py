@@ -49,7 +49,7 @@ class Record:
         self.layers: list[Layer] = []
         ids_1T = torch.tensor([ids], device=loaded.model.embed.weight.device)
         position_1T = torch.arange(len(ids), device=ids_1T.device)[None]
-        x_1TE = loaded.model.hidden(ids_1T, position_1T, self, context=len(ids))
+        x_1TE = loaded.model.hidden(ids_1T, loaded.model.rope(position_1T, len(ids)), self)
         self.logits_1V = loaded.model.logits(x_1TE[:, -1])
 
     def attend(self, layer_1: Tensor, q_BTND: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, window: int | None) -> Tensor:
@@ -123,7 +123,6 @@ def compress(record: Record, settings: list[tuple[Method, int]], room: int) -> A
     cache.ring_start.copy_(cache.kept)
     cache.length.copy_(cache.kept)
     cache.position += n
-    cache.max_length = int(keep_BLH.max())
     return cache
 
 
@@ -145,7 +144,7 @@ def answer_logits(record: Record, settings: list[tuple[Method, int]], answer: li
     for token in answer[:-1]:
         cache.begin_step(active_B)
         token_B1 = torch.full((len(settings), 1), token, device=cache.k.device)
-        x_BTE = model.hidden(token_B1, cache.position[:, None], cache, context=record.tokens)
+        x_BTE = model.hidden(token_B1, model.rope(cache.position[:, None], record.tokens), cache)
         logits.append(model.logits(x_BTE[:, -1]))
         cache.end_step()
     return torch.stack(logits, dim=1)

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.ragged_compact import ragged_compact
-from kernels.window_scores import window_scores
 from layers.budget import parse_budget
 from layers.compress.allocators import HeadImportance, Uniform
 from layers.compress.scorers import WindowAttention
@@ -45,9 +44,9 @@ def test_window_attention_is_the_formula(rows, group, heads, sliding):
     (N, H), D, W = heads, 8, 4
     lengths, S, ahead, behind = [17, 9, 3], 17, 2, 1
     q, k = torch.randn(3, W, N, D), torch.randn(3, H, S, D)
-    pos = torch.arange(S).expand(3, S).clone()
+    pos = torch.arange(S, dtype=torch.int32).expand(3, S).clone()
     pos[pos >= torch.tensor(lengths)[:, None]] = -1
-    position = torch.tensor(lengths)[:, None] - W + torch.arange(W)
+    position = (torch.tensor(lengths)[:, None] - W + torch.arange(W)).int()
     protected = ((pos < 1) | (pos >= torch.tensor(lengths)[:, None] - 2))[:, None].expand(3, H, S)
     scorer = WindowAttention(window=W, rows=rows, group=group, ahead=ahead, behind=behind)
     got = scorer(q, k, pos[:, None].expand(3, H, S), position, protected, sliding)
@@ -68,10 +67,11 @@ def test_window_attention_is_the_formula(rows, group, heads, sliding):
 
 def test_window_scores_ignore_what_empty_places_hold():
     q, k = torch.randn(1, 2, 2, 4), torch.randn(1, 1, 5, 4)
-    pos, position = torch.tensor([[[0, 1, 2, 3, -1]]]), torch.tensor([[2, 3]])
-    clean = window_scores(q, k, pos, position, rows="mean")
+    pos, position = torch.tensor([[[0, 1, 2, 3, -1]]], dtype=torch.int32), torch.tensor([[2, 3]], dtype=torch.int32)
+    scorer, protected = WindowAttention(window=2), torch.zeros(1, 1, 5, dtype=torch.bool)
+    clean = scorer(q, k, pos, position, protected, None)
     k[:, :, 4] = float("nan")
-    assert torch.equal(window_scores(q, k, pos, position, rows="mean"), clean)
+    assert torch.equal(scorer(q, k, pos, position, protected, None), clean)
 
 
 @settings(max_examples=60, deadline=None)

@@ -129,7 +129,7 @@ def test_rotation_turns_each_pair_as_a_complex_number():
 
 
 def test_attention_sees_only_distances():
-    q_BTHD, k_BTHD = torch.randn(2, 1, 1, 1, DIM, generator=torch.Generator().manual_seed(0)).double()
+    q_BTHD, k_BTHD = torch.randn(2, 1, 1, 1, DIM, generator=torch.Generator().manual_seed(0))
     embedding = rope.RotaryEmbedding(rope.default_frequencies(DIM, 10_000.0))
 
     def score(q_position, k_position):

@@ -23,6 +23,7 @@ from layers.fused import FusedBlocks
 from layers.methods import build_method, needs_importance
 from layers.plan import ArenaShape
 from layers.sampler import check_sampling, sample
+from zoo.graphs import CudaGraphs, GraphedStep, places
 from zoo.load import Loaded, head_importance
 
 
@@ -66,9 +67,9 @@ class Engine:
         max_context: tokens of a conversation at most; None takes the model's trained context. A full cache is as large.
         batch: rows to allocate now.
         compile: decode through compiled code. True takes what is fastest: on a CPU and up to 8 rows one C++ operator
-            for all blocks (built once per machine), else torch.compile, once for all layers; "inductor" takes
-            torch.compile in any case. From then on all engines of the process use the C++ operators where
-            PyTorch's would run.
+            for all blocks (built once per machine), for more torch.compile, once for all layers; on a CUDA device the
+            whole step as a graph, captured when the first token is decoded. "inductor" takes torch.compile for the
+            blocks in any case. From then on all engines of the process use the C++ operators where PyTorch's would run.
         importance: head-importance file for methods that need one; None takes the one that ships for the model.
         chunk_tokens: prompts longer than this are taken in chunks of as many tokens, compressed after each.
         allow_overflow: allow conversations longer than the model's trained context.
@@ -130,11 +131,14 @@ class Engine:
         weight = self.model.norm.weight
         self._device, self._dtype = weight.device, weight.dtype
         self._compile = compile
+        self._capture = partial(CudaGraphs, self._device) if compile and self._device.type == "cuda" else None
         if compile and self._device.type == "cpu":
             try:
                 native.load()
             except RuntimeError as error:
                 raise ValueError(f"cannot compile ({error}): repair that, or run uncompiled") from error
+        self._graphs: GraphedStep | None = None
+        self._graphs_most = 0
         self._allocate(batch)
         self.reset()
 
@@ -166,8 +170,8 @@ class Engine:
                 f"always keeps {method.sinks} sinks and the last {method.recent} tokens: raise the budget to at least "
                 f"{least}"
             )
-        shares = int(self._shares(self.max_context, most).sum())
-        planned = shape(max(shares, heads * min(most, self.max_context)) + heads * self._room)
+        shares = self._shares(self.max_context, most)
+        planned = shape(max(int(shares.sum()), heads * min(most, self.max_context)) + heads * self._room)
         free = free_bytes(self._device)
         if planned.nbytes > free:
             raise ValueError(
@@ -175,13 +179,16 @@ class Engine:
                 "free: lower the budget, max_new_tokens, max_context or the batch"
             )
         fused = self._compile is True and self._device.type == "cpu" and batch <= MOST_ROWS
-        self.cache = ArenaCache(planned, self._device, compiled=bool(self._compile) and not fused)
+        inductor = self._compile == "inductor" or (self._compile is True and not fused and self._capture is None)
+        self._graphs = None  # before the new cache takes memory
+        self.cache = ArenaCache(planned, self._device, most=int(shares.max()) + self._room, compiled=inductor)
+        self._frequencies_Bd = torch.zeros(batch, config.head_dim // 2, device=self._device)
         self._most_tokens = most
         blocks = cast("list[Block]", list(self.model.blocks))
         self._blocks: list[Callable[..., Tensor]] = [*blocks]
         if fused:
             self._blocks = [FusedBlocks(blocks)]
-        elif self._compile:
+        elif inductor:
             # Inductor would otherwise test-compile every vector extension: over half of a cold start.
             compiled = torch.compile(Block.forward, fullgraph=True, options={"cpp.vec_isa_ok": True})
             self._blocks = [partial(compiled, block) for block in blocks]
@@ -204,12 +211,12 @@ class Engine:
             num_kv_heads=config.num_kv_heads,
         )
 
+    @torch.inference_mode()
     def reset(self) -> None:
         """Forget the conversation; the memory stays allocated."""
         self.cache.reset()
         self._turn = object()
         self.tokens_seen = [0] * self.cache.shape.batch
-        self._context = [0] * self.cache.shape.batch
         self._prefill = "whole"
         self._pending: list[list[int]] = [[] for _ in self.tokens_seen]
 
@@ -232,7 +239,7 @@ class Engine:
         if len(rows) != self.cache.shape.batch:
             self._allocate(len(rows))
         self.reset()
-        self._context = list(map(len, rows))
+        self._frequencies_Bd.copy_(self.model.rope.frequencies(list(map(len, rows))))
         return self._take_in(rows)
 
     @torch.inference_mode()
@@ -305,7 +312,8 @@ class Engine:
         keep_BLH = torch.stack([self._shares(tokens, self._most_tokens) for tokens in seen])
         room = [self._room if self.budget else self.max_context - tokens for tokens in seen]
         chunk = PromptPass(self.cache, self.method, keep_BLH=keep_BLH, room=room, new_tokens=lengths)
-        x_BTE = self.model.hidden(ids_BT, chunk.position_BT, chunk, context=self._context)
+        rotation = self.model.rope.rotation(chunk.position_BT, self._frequencies_Bd)
+        x_BTE = self.model.hidden(ids_BT, rotation, chunk)
         chunk.finish()
         self.tokens_seen = seen
         last_B = torch.tensor(lengths, device=self._device).clamp(min=1) - 1
@@ -343,19 +351,41 @@ class Engine:
 
     @torch.inference_mode()
     def _step(self, token_B: Tensor, active: list[bool]) -> Tensor:
-        self.cache.begin_step(torch.tensor(active, device=self._device))
-        x_BTE = self.model.hidden(
-            token_B[:, None],
-            self.cache.position[:, None],
-            self.cache,
-            context=self._context,
-            blocks=self._blocks,
-        )
-        logits_BV = self.model.logits(x_BTE[:, -1])
-        self.cache.end_step()
+        if self._capture is None:
+            logits_BV = self._decode_step(token_B, torch.tensor(active, device=self._device))
+        else:
+            logits_BV = self._graphed_step()(token_B, active)
         self.tokens_seen = [seen + flag for seen, flag in zip(self.tokens_seen, active, strict=True)]
         self._pending = [[] if flag else ids for flag, ids in zip(active, self._pending, strict=True)]
         return logits_BV
+
+    def _decode_step(self, token_B: Tensor, active_B: Tensor) -> Tensor:
+        """What a step does to tensors, of the first rows or all: always the same work, which can be captured."""
+        rows = len(token_B)
+        cache = self.cache if rows == self.cache.shape.batch else self.cache.first(rows)
+        cache.begin_step(active_B)
+        rotation = self.model.rope.rotation(cache.position[:, None], self._frequencies_Bd[:rows])
+        x_BTE = self.model.hidden(token_B[:, None], rotation, cache, blocks=self._blocks)
+        logits_BV = self.model.logits(x_BTE[:, -1])
+        cache.end_step()
+        return logits_BV
+
+    def _graphed_step(self) -> GraphedStep:
+        """The step's graphs, which hold for a cache and for the largest region that they were captured with."""
+        if self._graphs is None or self._graphs_most != self.cache.most:
+            assert self._capture is not None
+            self._graphs = None  # before new ones take memory
+            self._graphs = GraphedStep(
+                self._decode_step,
+                rows=self.cache.shape.batch,
+                vocab_size=self.loaded.config.vocab_size,
+                dtype=self._dtype,
+                device=self._device,
+                fixed=places(self.model, cache=self.cache),
+                capture=self._capture(),
+            )
+            self._graphs_most = self.cache.most
+        return self._graphs
 
     def is_full(self, row: int) -> bool:
         """Whether a row's conversation has reached `max_context`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -65,31 +65,28 @@ class Decoder(nn.Module):
     def forward(self, ids_BT: Tensor) -> Tensor:
         """Dense forward without a cache: ids (B, T) to logits (B, T, V)."""
         position_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
-        return self.logits(self.hidden(ids_BT, position_BT, NoCache(), context=ids_BT.shape[1]))
+        return self.logits(self.hidden(ids_BT, self.rope(position_BT, ids_BT.shape[1]), NoCache()))
 
     def hidden(
         self,
         ids_BT: Tensor,
-        position_BT: Tensor,
+        rotation: tuple[Tensor, Tensor],
         cache: KVCache,
         *,
-        context: int | Sequence[int],
         blocks: Iterable[Callable[..., Tensor]] | None = None,
     ) -> Tensor:
         """Hidden states after the last block, before the final norm.
 
         Args:
             ids_BT: token ids.
-            position_BT: their absolute positions.
+            rotation: what `rope` gives for their absolute positions.
             cache: stores keys and values and attends.
-            context: tokens of the sequence, or of each row's, for RoPE scalings that depend on it.
             blocks: what stands in for the model's blocks, in turn; None takes the blocks themselves.
 
         Returns:
             (B, T, E).
         """
         x_BTE: Tensor = self.embed(ids_BT)
-        rotation = self.rope(position_BT, context)
         for block in blocks or self.blocks:
             x_BTE = block(x_BTE, rotation, cache)
         return x_BTE

@@ -77,7 +77,7 @@ void decode_blocks(const std::vector<BlockWeights>& blocks, Arena<T> arena, cons
 #pragma omp single
     {
       for (int64_t row = 0; row < B; row++) heads_of(weights, row);
-      append(arena, &qkv[N * D], &qkv[(N + H) * D], qkv_width, qkv_width);
+      append<T, float>(arena, 1, {&qkv[N * D], qkv_width, 0}, {&qkv[(N + H) * D], qkv_width, 0});
       attention->set_queries(q.data());
     }
     attention->attend(attended.data());

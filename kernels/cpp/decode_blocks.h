@@ -17,19 +17,29 @@ template <class T>
 void decode_blocks(const std::vector<BlockWeights>& blocks, Arena<T> arena, const float* cosine, const float* sine,
                    const T* x, T* y);
 
-// Store k and v (B, H, D), row by row at the given strides, in the slots that the tables say.
+// Heads (B, T, H, D) whose rows and tokens are so far apart.
+template <class T>
+struct Heads {
+  const T* data;
+  int64_t row_stride, token_stride;
+};
+
+// Store `tokens` keys and values per head of every active row in the slots that the table (B, L, H, T) says.
 template <class T, class From>
-void append(const Arena<T>& arena, const From* k, const From* v, int64_t k_stride, int64_t v_stride) {
+void append(const Arena<T>& arena, int64_t tokens, const Heads<From>& k, const Heads<From>& v) {
   const int64_t D = arena.head_dim;
   for (int64_t row = 0; row < arena.batch; row++) {
     if (!arena.active[row]) continue;
-    for (int64_t head = 0; head < arena.kv_heads; head++) {
-      const int64_t at = row * arena.slots + arena.slot[row * arena.table_stride + head];
-      for (int64_t d = 0; d < D; d++) {
-        arena.k[at * D + d] = Element<T>::put(Element<From>::get(k[row * k_stride + head * D + d]));
-        arena.v[at * D + d] = Element<T>::put(Element<From>::get(v[row * v_stride + head * D + d]));
+    for (int64_t head = 0; head < arena.kv_heads; head++)
+      for (int64_t token = 0; token < tokens; token++) {
+        const int64_t at = row * arena.slots + arena.slot[row * arena.table_stride + head * tokens + token];
+        const From* from_k = k.data + row * k.row_stride + token * k.token_stride + head * D;
+        const From* from_v = v.data + row * v.row_stride + token * v.token_stride + head * D;
+        for (int64_t d = 0; d < D; d++) {
+          arena.k[at * D + d] = Element<T>::put(Element<From>::get(from_k[d]));
+          arena.v[at * D + d] = Element<T>::put(Element<From>::get(from_v[d]));
+        }
+        arena.pos[at] = arena.position[row] + int32_t(token);
       }
-      arena.pos[at] = arena.position[row];
-    }
   }
 }

@@ -32,13 +32,14 @@ void RaggedDecode<T>::set_queries(const float* q) {
 }
 
 template <class T>
-void RaggedDecode<T>::attend(float* out) {
-  const int64_t tiles = tiles_.size(), heads = arena_.batch * arena_.kv_heads;
+void RaggedDecode<T>::attend(float* out, float* lse) {
+  const int64_t tiles = tiles_.size(), heads = arena_.batch * arena_.kv_heads, group = arena_.group;
   std::vector<float> score(kTogether * kTile);
 #pragma omp for schedule(dynamic, 1)
   for (int64_t i = 0; i < tiles; i++) attend_tile(tiles_[i], score.data(), partial_.data() + i * per_tile_);
 #pragma omp for schedule(static)
-  for (int64_t head = 0; head < heads; head++) merge(head, out + head * arena_.group * arena_.head_dim);
+  for (int64_t head = 0; head < heads; head++)
+    merge(head, out + head * group * arena_.head_dim, lse ? lse + head * group : nullptr);
 }
 
 // Per query of the head's group, `out` takes the largest score, the sum of weights and D weighted sums.
@@ -78,10 +79,16 @@ void RaggedDecode<T>::attend_tile(const Tile& tile, int64_t first_query, float* 
     for (int g = 0; g < Queries; g++) score[g * kTile + slot] = sum(total[g]);
   }
   const int64_t oldest = arena_.position[tile.row] - arena_.window;
-  auto hidden = [&](int64_t slot) { return arena_.window && arena_.pos[tile.first + slot] <= oldest; };
-  for (int64_t slot = 0; slot < count; slot++)
+  const float* bias = arena_.bias ? arena_.bias + tile.first : nullptr;
+  const bool any_hidden = arena_.window || bias;
+  auto hidden = [&](int64_t slot) {
+    return (arena_.window && arena_.pos[tile.first + slot] <= oldest) || (bias && bias[slot] == -INFINITY);
+  };
+  for (int64_t slot = 0; slot < count && any_hidden; slot++)
     if (hidden(slot))
       for (int g = 0; g < Queries; g++) score[g * kTile + slot] = -INFINITY;
+    else if (bias)
+      for (int g = 0; g < Queries; g++) score[g * kTile + slot] += bias[slot];
 
   for (int g = 0; g < Queries; g++) {
     float *weight = score + g * kTile, *result = out + g * per_query_;
@@ -103,7 +110,7 @@ void RaggedDecode<T>::attend_tile(const Tile& tile, int64_t first_query, float* 
     Floats total[Queries][vectors] = {}, value[vectors] = {};
     const bool whole = start + vectors * kLanes <= D;
     for (int64_t slot = 0; slot < count; slot++) {
-      if (hidden(slot)) continue;
+      if (any_hidden && hidden(slot)) continue;
       for (int vector = 0; vector < vectors; vector += parts)
         if (whole || start + vector * kLanes < stride) load(v + slot * D, start + vector * kLanes, value + vector);
       for (int g = 0; g < Queries; g++)
@@ -116,7 +123,7 @@ void RaggedDecode<T>::attend_tile(const Tile& tile, int64_t first_query, float* 
 }
 
 template <class T>
-void RaggedDecode<T>::merge(int64_t row_and_head, float* out) const {
+void RaggedDecode<T>::merge(int64_t row_and_head, float* out, float* lse) const {
   const int64_t begin = first_tile_[row_and_head], end = first_tile_[row_and_head + 1], D = arena_.head_dim;
   std::vector<float> mixed(stride_);
   for (int64_t g = 0; g < arena_.group; g++) {
@@ -131,6 +138,7 @@ void RaggedDecode<T>::merge(int64_t row_and_head, float* out) const {
       for (int64_t d = 0; d < stride_; d++) mixed[d] += share * part(tile)[2 + d];
     }
     for (int64_t d = 0; d < D; d++) out[g * D + d] = mass == 0 ? 0.0f : mixed[arranged_index<T>(d)] / mass;
+    if (lse) lse[g] = largest + std::log(mass);
   }
 }
 

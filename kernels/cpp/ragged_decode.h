@@ -14,7 +14,8 @@ struct Arena {
   const bool* active;
   int64_t table_stride, slots;
   int64_t batch, kv_heads, group, head_dim;
-  int64_t window;  // 0: none
+  int64_t window;     // 0: none
+  const float* bias;  // (B, slots), of a slot's scores; null: all 0
 };
 
 // One call for all rows and heads. Lay it out on one thread; then every thread of a parallel region calls `attend`.
@@ -26,8 +27,8 @@ class RaggedDecode {
   // q (B, N, D), before the scale of 1 / sqrt(D).
   void set_queries(const float* q);
 
-  // out (B, N, D), whole at the end for every thread.
-  void attend(float* out);
+  // out (B, N, D), whole at the end for every thread; lse (B, N), the log of the sum of exponentials, may be null.
+  void attend(float* out, float* lse = nullptr);
 
   int64_t tiles() const { return tiles_.size(); }
 
@@ -44,5 +45,5 @@ class RaggedDecode {
   void attend_tile(const Tile& tile, float* score, float* out) const;
   template <int Queries>
   void attend_tile(const Tile& tile, int64_t first_query, float* score, float* out) const;
-  void merge(int64_t row_and_head, float* out) const;
+  void merge(int64_t row_and_head, float* out, float* lse) const;
 };

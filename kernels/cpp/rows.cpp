@@ -7,19 +7,33 @@ float rounded(float x) {
   return Element<T>::get(Element<T>::put(x));
 }
 
+template <class T>
+void rms_norm_row(const T* x, const T* weight, float eps, int64_t size, T* y) {
+  float squares = 0.0f;
+#pragma omp simd reduction(+ : squares)
+  for (int64_t i = 0; i < size; i++) squares += Element<T>::get(x[i]) * Element<T>::get(x[i]);
+  const float scale = 1.0f / std::sqrt(squares / float(size) + eps);
+  for (int64_t i = 0; i < size; i++)
+    y[i] = Element<T>::put(Element<T>::get(weight[i]) * rounded<T>(Element<T>::get(x[i]) * scale));
+}
+
 }  // namespace
 
 template <class T>
 void rms_norm_rows(const T* x, const T* weight, float eps, int64_t rows, int64_t size, T* y) {
 #pragma omp parallel for schedule(static) if (rows > 1)
+  for (int64_t row = 0; row < rows; row++) rms_norm_row(x + row * size, weight, eps, size, y + row * size);
+}
+
+template <class T>
+void add_rms_norm_rows(const T* x, const T* residual, const T* weight, float eps, int64_t rows, int64_t size, T* y,
+                       T* sum) {
+#pragma omp parallel for schedule(static) if (rows > 1)
   for (int64_t row = 0; row < rows; row++) {
-    const T* from = x + row * size;
-    float squares = 0.0f;
-#pragma omp simd reduction(+ : squares)
-    for (int64_t i = 0; i < size; i++) squares += Element<T>::get(from[i]) * Element<T>::get(from[i]);
-    const float scale = 1.0f / std::sqrt(squares / float(size) + eps);
-    for (int64_t i = 0; i < size; i++)
-      y[row * size + i] = Element<T>::put(Element<T>::get(weight[i]) * rounded<T>(Element<T>::get(from[i]) * scale));
+    const int64_t start = row * size;
+    for (int64_t i = start; i < start + size; i++)
+      sum[i] = Element<T>::put(Element<T>::get(x[i]) + Element<T>::get(residual[i]));
+    rms_norm_row(sum + start, weight, eps, size, y + start);
   }
 }
 
@@ -64,9 +78,10 @@ void rope_rows(const T* x, int64_t x_stride, const T* cosine, const T* sine, int
     }
 }
 
-#define INSTANTIATE(T)                                                                 \
-  template void rms_norm_rows(const T*, const T*, float, int64_t, int64_t, T*);        \
-  template void silu_mul_rows(const T*, int64_t, int64_t, T*);                         \
+#define INSTANTIATE(T)                                                                             \
+  template void rms_norm_rows(const T*, const T*, float, int64_t, int64_t, T*);                    \
+  template void add_rms_norm_rows(const T*, const T*, const T*, float, int64_t, int64_t, T*, T*);  \
+  template void silu_mul_rows(const T*, int64_t, int64_t, T*);                                     \
   template void rope_rows(const T*, int64_t, const T*, const T*, int64_t, int64_t, int64_t, T*);
 INSTANTIATE(float)
 INSTANTIATE(BFloat16)

@@ -7,6 +7,11 @@
 template <class T>
 void rms_norm_rows(const T* x, const T* weight, float eps, int64_t rows, int64_t size, T* y);
 
+// sum = x + residual, y as above from the rounded sum.
+template <class T>
+void add_rms_norm_rows(const T* x, const T* residual, const T* weight, float eps, int64_t rows, int64_t size, T* y,
+                       T* sum);
+
 // y = round(silu(gate)) * up, rows of gate and up, `size` each, one after the other.
 template <class T>
 void silu_mul_rows(const T* gate_up, int64_t rows, int64_t size, T* y);

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from copy import copy
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -24,6 +27,7 @@ class ArenaCache:
     Args:
         shape: sizes and dtype.
         device: where it lives.
+        most: slots of the largest region that will be laid out, as far as that is known.
         compiled: whether `attend` will be compiled; then the number of slots is marked as one that may change.
 
     Attributes:
@@ -44,13 +48,14 @@ class ArenaCache:
         True
     """
 
-    def __init__(self, shape: ArenaShape, device: torch.device | str, *, compiled: bool = False) -> None:
+    def __init__(self, shape: ArenaShape, device: torch.device | str, *, most: int = 0, compiled: bool = False) -> None:
         B, L, H, D = shape.batch, shape.num_layers, shape.num_kv_heads, shape.head_dim
 
         def integers(*size: int) -> Tensor:
             return torch.zeros(size, dtype=torch.int32, device=device)
 
-        self.shape = shape
+        self.shape, self._compiled = shape, compiled
+        self._grow(most)
         self.k = torch.zeros(B, shape.slots, D, dtype=shape.dtype, device=device)
         self.v = torch.zeros(B, shape.slots, D, dtype=shape.dtype, device=device)
         self.pos = integers(B, shape.slots)
@@ -70,13 +75,44 @@ class ArenaCache:
         small = (self.position, self.generated, self._active_B)
         return sum(tensor.nbytes for tensor in (self.k, self.v, self.pos, *tables, *small))
 
+    @property
+    def most(self) -> int:
+        """No region has more slots.
+
+        It sizes what decoding launches on a GPU. So it only ever grows, and what was captured before is then of no use.
+        """
+        return self._span.shape[0]
+
+    def _grow(self, most: int) -> None:
+        self._span = torch.empty(most, 0)  # a number is a constant to torch.compile, a size need not be one
+        if self._compiled:
+            torch._dynamo.mark_dynamic(self._span, 0)
+
     def reset(self) -> None:
         """Forget everything; the memory stays."""
         self.pos.fill_(-1)
         for counter in (self.length, self.position, self.generated):
             counter.zero_()
-        self.max_length = 0
-        self.max_capacity = 0
+
+    def first(self, rows: int) -> ArenaCache:
+        """The first rows as a cache of their own, in the same memory.
+
+        Args:
+            rows: how many, from 1 to the batch.
+
+        Example:
+            >>> shape = ArenaShape(batch=3, num_layers=1, num_kv_heads=1, head_dim=4, slots=8, dtype=torch.float32)
+            >>> cache = ArenaCache(shape, "cpu")
+            >>> _ = cache.first(2).position.add_(5)
+            >>> cache.position.tolist()
+            [5, 5, 0]
+        """
+        part = copy(self)
+        part.shape = replace(self.shape, batch=rows)
+        for name, tensor in vars(self).items():
+            if isinstance(tensor, Tensor) and tensor is not self._span:
+                setattr(part, name, tensor[:rows])
+        return part
 
     def lay_out(self, keep_BLH: Tensor, room: list[int]) -> None:
         """Give every region its place.
@@ -94,7 +130,8 @@ class ArenaCache:
             raise ValueError(f"the regions need {needed} slots per row, the arena has {self.shape.slots}")
         self.capacity.copy_(capacity_BLH)
         self.offset.copy_(offsets(capacity_BLH))
-        self.max_capacity = int(capacity_BLH.max())
+        if (most := int(capacity_BLH.max())) > self.most:
+            self._grow(most)
 
     def begin_step(self, active_B: Tensor) -> None:
         """Choose, for all layers at once, where the next token of every head goes.
@@ -106,7 +143,6 @@ class ArenaCache:
         self._slot.copy_(self.offset + ring_slot(self.ring_start, self.kept, self.capacity, self.generated))
         held_BLH = self.kept + (self.generated + active_B)[:, None, None]
         self.length.copy_(torch.minimum(held_BLH, self.capacity))
-        self.max_length = min(self.max_length + 1, self.max_capacity)
 
     def end_step(self) -> None:
         """Count the token that every active row has stored."""
@@ -120,9 +156,8 @@ class ArenaCache:
 
     def attend(self, layer_1: Tensor, q_BTND: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, window: int | None) -> Tensor:
         """Store one token per row and attend to everything kept; see `layers.cache.base.KVCache`."""
-        k_BHD, v_BHD = k_BTHD.squeeze(1), v_BTHD.squeeze(1)
-        ragged_append(self.k, self.v, self.pos, self._slot, layer_1, k_BHD, v_BHD, self.position, self._active_B)
-        o_BND = ragged_decode(
-            q_BTND.squeeze(1), self.k, self.v, self.pos, self.offset, self.length, layer_1, self.position, window
-        )
+        slot_BLHT, counters = self._slot[..., None], (self.position, self._active_B)
+        ragged_append(self.k, self.v, self.pos, slot_BLHT, layer_1, k_BTHD, v_BTHD, *counters)
+        tables = self.pos, self.offset, self.length, layer_1, self.position
+        o_BND, _ = ragged_decode(q_BTND.squeeze(1), self.k, self.v, *tables, window, most=self.most)
         return o_BND[:, None]

@@ -41,6 +41,6 @@ class NoCache:
     def attend(self, layer_1: Tensor, q_BTND: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, window: int | None) -> Tensor:
         """Attend causally within the new tokens."""
         B, T, H, _ = k_BTHD.shape
-        position_BT = torch.arange(T, device=q_BTND.device).expand(B, T)
+        position_BT = torch.arange(T, dtype=torch.int32, device=q_BTND.device).expand(B, T)
         pos_BHS = position_BT[:, None].expand(B, H, T)
         return ragged_prefill(q_BTND, k_BTHD.transpose(1, 2), v_BTHD.transpose(1, 2), pos_BHS, position_BT, window)

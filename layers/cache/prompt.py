@@ -47,7 +47,7 @@ class PromptPass:
         new_T = torch.arange(max(new_tokens), dtype=torch.int32, device=device)
         self.position_BT = cache.position[:, None] + new_T
         self._pos_BT = self.position_BT.masked_fill(new_T >= self.new_B[:, None], -1)
-        self._past_C = torch.arange(cache.max_length, device=device)
+        self._past_C = torch.arange(int(cache.length.max()), device=device)
         self._past_offset, self._past_length = cache.offset.clone(), cache.length.clone()
         self._past_pos = cache.pos.clone()
         self._past_k, self._past_v = cache.k, cache.v
@@ -59,7 +59,7 @@ class PromptPass:
         self._max_keep = int(keep_BLH.max())
 
         window = min(method.scorer.window, len(new_T))
-        self._observer_BW = self.new_B[:, None] - window + torch.arange(window, device=device)
+        self._observer_BW = self.new_B[:, None] - window + torch.arange(window, dtype=torch.int32, device=device)
         self._observer_position_BW = (cache.position[:, None] + self._observer_BW).masked_fill(
             self._observer_BW < 0, -1
         )
@@ -98,7 +98,6 @@ class PromptPass:
         cache.length.copy_(cache.kept)
         cache.position += self.new_B
         cache.generated.zero_()
-        cache.max_length = self._max_keep
 
     def _with_past(self, layer_1: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, values and positions, stored and new, in order of position.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.window_scores import window_scores
@@ -38,7 +37,7 @@ class Scorer(Protocol):
             q_BWND: the last queries, after RoPE.
             k_BHSD: stored keys, after RoPE, in order of position.
             pos_BHS: int32 absolute positions, -1 where empty.
-            position_BW: absolute positions of the queries, -1 where there is none.
+            position_BW: int32 absolute positions of the queries, -1 where there is none.
             protected_BHS: tokens that are kept anyway, whose scores must not spread to their neighbours.
             sliding: the model's sliding window in tokens, or None.
 
@@ -68,8 +67,8 @@ class WindowAttention:
     Example:
         >>> import torch
         >>> scorer = WindowAttention(window=1, ahead=1, behind=0)
-        >>> k = torch.tensor([9.0, 0.0, 0.0, 0.0]).view(1, 1, 4, 1); pos = torch.arange(4).view(1, 1, 4)
-        >>> score = scorer(torch.ones(1, 1, 1, 1), k, pos, torch.tensor([[3]]), pos >= 3, None)
+        >>> k, pos = torch.tensor([9.0, 0, 0, 0]).view(1, 1, 4, 1), torch.arange(4, dtype=torch.int32).view(1, 1, 4)
+        >>> score = scorer(torch.ones(1, 1, 1, 1), k, pos, pos[0, :, 3:], pos >= 3, None)
         >>> (score > 0.9).tolist()
         [[[True, True, False, False]]]
     """
@@ -90,11 +89,18 @@ class WindowAttention:
         sliding: int | None,
     ) -> Tensor:
         """Score by attention."""
-        weight_BNS = window_scores(q_BWND, k_BHSD, pos_BHS, position_BW, rows=self.rows, window=sliding)
-        weight_BHGS = weight_BNS.unflatten(1, (k_BHSD.shape[1], -1))
-        score_BHS = weight_BHGS.amax(2) if self.group == "max" else weight_BHGS.mean(2)
-        padded = F.pad(score_BHS.masked_fill(protected_BHS, 0.0), (self.ahead, self.behind))
-        return F.max_pool1d(padded, self.ahead + 1 + self.behind, stride=1)
+        return window_scores(
+            q_BWND,
+            k_BHSD,
+            pos_BHS,
+            position_BW,
+            rows=self.rows,
+            group=self.group,
+            ahead=self.ahead,
+            behind=self.behind,
+            protected_BHS=protected_BHS,
+            window=sliding,
+        )
 
 
 @dataclass(frozen=True)
