@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels import rms_norm
-from kernels.checks import check
+from kernels.checks import check, check_rows
 from kernels.language import jit, tl, triton
 from kernels.registry import Arguments, Case, Kernel, Workload, register, serve
 from kernels.testing import random
@@ -37,7 +37,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
         >>> add_rms_norm(torch.tensor([1.0, 1.0]), torch.tensor([2.0, 3.0]), torch.ones(2), 1e-6)
         (tensor([0.8485, 1.1314]), tensor([3., 4.]))
     """
-    check("x", x)
+    check_rows("x", x)
     check("residual", residual, shape=x.shape, dtype=[x.dtype], like=x)
     check("weight", weight, shape=x.shape[-1:], dtype=[x.dtype], like=x)
     if serve():
@@ -105,6 +105,7 @@ def cases() -> Iterator[Case]:
     """Rows of awkward sizes, in the ways that they can lie in memory."""
     for size in (1, 63, 64, 65, 1000):
         yield Case(name=f"E={size}", make=partial(_arguments, 3, size))
+    yield Case(name="small numbers", make=_small)
     yield Case(name="no rows", make=partial(_arguments, 0, 64))
     yield Case(name="strided rows", make=_strided)
 
@@ -112,6 +113,12 @@ def cases() -> Iterator[Case]:
 def _arguments(rows: int, size: int, dtype: torch.dtype) -> Arguments:
     x, residual = random(2, rows, size, dtype=dtype)
     return x, residual, random(size, seed=1, dtype=dtype), 1e-6
+
+
+def _small(dtype: torch.dtype) -> Arguments:
+    """So small that epsilon is most of the mean square."""
+    x, residual, weight, eps = _arguments(3, 64, dtype)
+    return x / 1024, residual / 1024, weight, eps
 
 
 def _strided(dtype: torch.dtype) -> Arguments:

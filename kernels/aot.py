@@ -496,13 +496,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     args = parser.parse_args(argv)
-    from kernels.language import INTERPRETED, triton
+    from kernels.language import INSTALLED, INTERPRETED
     from kernels.registry import Workload, all_kernels
 
-    if triton is None or INTERPRETED:
-        reason = (
-            "Triton is not installed" if triton is None else "TRITON_INTERPRET is set: nothing is compiled, unset it"
-        )
+    if not INSTALLED or INTERPRETED:
+        reason = "Triton is not installed: pip install triton (Linux)"
+        if INSTALLED:
+            reason = "TRITON_INTERPRET is set: nothing is compiled, unset it"
         print(f"kernels.aot: {reason}", file=sys.stderr)
         return 2
     known = {name: kernel for name, kernel in all_kernels().items() if kernel.launch is not None}

@@ -73,6 +73,72 @@ def check_arena(k_arena: Tensor, v_arena: Tensor, pos: Tensor, dtype: Sequence[t
     check("pos", pos, shape=k_arena.shape[:2], dtype=INTEGERS, like=k_arena, contiguous=True)
 
 
+def check_rows(name: str, x: Tensor, dtype: Sequence[torch.dtype] = FLOATS) -> None:
+    """Refuse a tensor that does not consist of rows.
+
+    Args:
+        name: of the argument.
+        x: the tensor.
+        dtype: what it may hold.
+
+    Raises:
+        ValueError: it has no dimensions, **or** the last one is empty, **or** the dtype does not fit.
+
+    Example:
+        >>> check_rows("x", torch.ones(3, 0))
+        Traceback (most recent call last):
+        ValueError: x has shape (3, 0), its rows must have at least 1 number
+    """
+    check(name, x, dtype=dtype)
+    if not x.dim() or not x.shape[-1]:
+        raise ValueError(f"{name} has shape {_sizes(x.shape)}, its rows must have at least 1 number")
+
+
+def check_groups(name: str, heads: int, kv_name: str, kv_heads: int) -> None:
+    """Refuse query heads that cannot share KV heads evenly.
+
+    Args:
+        name: of the queries.
+        heads: N.
+        kv_name: of what has the KV heads.
+        kv_heads: H.
+
+    Raises:
+        ValueError: there is none of either, **or** N is no multiple of H.
+
+    Example:
+        >>> check_groups("q_BND", 3, "k_BHSD", 2)
+        Traceback (most recent call last):
+        ValueError: q_BND has 3 heads, it must have a multiple of k_BHSD's 2, and neither may be 0
+    """
+    if not heads or not kv_heads or heads % kv_heads:
+        raise ValueError(
+            f"{name} has {heads} heads, it must have a multiple of {kv_name}'s {kv_heads}, and neither may be 0"
+        )
+
+
+def check_inside(first: Tensor, count: Tensor | int, slots: int) -> None:
+    """On a CPU, refuse slots outside the arena, which PyTorch would take from its other end.
+
+    Args:
+        first: first slots, of any shape.
+        count: how many from there on; where it is 0, the first one does not matter.
+        slots: of the arena.
+
+    Raises:
+        IndexError: there is one outside.
+
+    Example:
+        >>> check_inside(torch.tensor([-1]), 1, 4)
+        Traceback (most recent call last):
+        IndexError: slots from -1 on are outside the arena of 4 slots
+    """
+    if first.device.type == "cpu":
+        outside = ((first < 0) | (first + count > slots)) & torch.as_tensor(count != 0)
+        if bool(outside.any()):
+            raise IndexError(f"slots from {int(first[outside][0])} on are outside the arena of {slots} slots")
+
+
 def _fits(sizes: Sequence[int], allowed: Sequence[int | None]) -> bool:
     if len(sizes) != len(allowed):
         return False

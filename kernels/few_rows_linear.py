@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.checks import check
+from kernels.checks import check, check_rows
 from kernels.registry import Arguments, Case, Kernel, Workload, register
 from kernels.testing import random
 
@@ -23,7 +23,7 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale
     CPU this is C++ (`kernels/cpp/linear.cpp`), which sums in fp32 and gives a row the same bits alone and among others.
 
     Args:
-        x: (..., K), with 1 to 8 rows in all.
+        x: (..., K); more rows than 8 are right too, but slow.
         weight: (N, K) in x's dtype, **or** int8 with a scale.
         bias: (N,) in x's dtype, or None.
         scale: (N,) fp32, what one unit of each row of an int8 weight is worth, or None.
@@ -39,7 +39,7 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale
         >>> few_rows_linear(torch.tensor([[3.0, 4.0]]), torch.ones(1, 2))
         tensor([[7.]])
     """
-    check("x", x)
+    check_rows("x", x)
     dtype = x.dtype if scale is None else torch.int8
     check("weight", weight, shape=(None, *x.shape[-1:]), dtype=[dtype], like=x, contiguous=True)
     if bias is not None:

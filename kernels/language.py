@@ -32,7 +32,8 @@ else:
     except ImportError:
         triton = tl = _Missing()
 
-INTERPRETED: bool = not isinstance(triton, _Missing) and triton.knobs.runtime.interpret
+INSTALLED = not isinstance(triton, _Missing)
+INTERPRETED: bool = INSTALLED and triton.knobs.runtime.interpret
 """Whether Triton functions run on CPU tensors, step by step (TRITON_INTERPRET=1)."""
 
 
@@ -45,4 +46,4 @@ def jit(function: Any) -> Any:
     Returns:
         What is launched as `function[grid](...)`.
     """
-    return triton if isinstance(triton, _Missing) else triton.jit(function)
+    return triton.jit(function) if INSTALLED else triton

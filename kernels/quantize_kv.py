@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kernels.checks import check
+from kernels.checks import check_rows
 from kernels.language import jit, tl, triton
 from kernels.registry import Arguments, Case, Kernel, Workload, register
 from kernels.testing import random
@@ -42,7 +42,7 @@ def quantize_kv(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         >>> quantize_kv(torch.tensor([0.0, 1.0, 2.0, 15.0]), 4)
         (tensor([ 32, 241], dtype=torch.uint8), tensor([1., 0.]))
     """
-    check("x", x)
+    check_rows("x", x)
     if bits not in (8, 4):
         raise ValueError(f"bits is {bits}, it must be 8 or 4")
     if bits == 4 and x.shape[-1] % 2:

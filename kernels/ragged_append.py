@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kernels.checks import INTEGERS, check, check_arena
+from kernels.checks import INTEGERS, check, check_arena, check_inside
 from kernels.language import jit, tl, triton
 from kernels.registry import Arguments, Case, Kernel, Workload, register
 from kernels.testing import random
@@ -43,6 +43,7 @@ def ragged_append(
     Raises:
         ValueError: a shape, dtype or device does not fit, **or** the arena or a table is not contiguous, **or** it has
             more slots than int32 counts.
+        RuntimeError, IndexError: on a CPU, a slot of an active row is outside the arena, **or** there is no such layer.
 
     Example:
         >>> k, v, pos = torch.zeros(1, 3, 2), torch.zeros(1, 3, 2), torch.full((1, 3), -1, dtype=torch.int32)
@@ -77,6 +78,7 @@ def reference(
 ) -> None:
     """What `ragged_append` computes: rows that are not active write back what is there."""
     slot_BTH = slot_BLHT.index_select(1, layer_1).squeeze(1).transpose(1, 2).long()
+    check_inside(slot_BTH, active_B[:, None, None].int(), k_arena.shape[1])
     B, T, _ = slot_BTH.shape
     row_B11 = torch.arange(B, device=slot_BTH.device)[:, None, None]
     position_BT = position_B[:, None] + torch.arange(T, dtype=torch.int32, device=pos.device)

@@ -304,6 +304,8 @@ def cases() -> Iterator[Case]:
     yield Case(name="S=65, D=128", make=partial(_arguments, [[64, 1, 5, 65, 2, 2, 40, 33]], 65, 128))
     yield Case(name="S=1000, D=256", make=partial(_arguments, [[1000, 1]], 1000, 256))
     yield Case(name="more than a block, D=96", make=partial(_arguments, [[777]], 2100, 96))
+    yield Case(name="more asked for than the most", make=partial(_arguments, [[40, 9]], 100, 64, most=20))
+    yield Case(name="less asked for than the most", make=partial(_arguments, [[40, 9]], 100, 64, most=90))
     yield Case(name="all equal", make=partial(_arguments, [[64, 63, 1]], 1000, 64, values=(1.0,)))
     yield Case(
         name="zeros, infinities, and numbers that only their last bits tell apart",
@@ -318,11 +320,17 @@ def cases() -> Iterator[Case]:
 
 
 def _arguments(
-    keep: list[list[int]], S: int, D: int, dtype: torch.dtype, *, values: tuple[float, ...] | None = None
+    keep: list[list[int]],
+    S: int,
+    D: int,
+    dtype: torch.dtype,
+    *,
+    most: int | None = None,
+    values: tuple[float, ...] | None = None,
 ) -> Arguments:
     """Candidates of which every fourth place is empty, with random scores or `values` in turn; none overlaps."""
     keep_BH = torch.tensor(keep)
-    (B, H), most = keep_BH.shape, int(keep_BH.max())
+    B, H = keep_BH.shape
     generator = torch.Generator().manual_seed(S)
     empty_BHS = torch.rand(B, H, S, generator=generator) < 0.25
     empty_BHS[..., S // 2] = False
@@ -336,7 +344,7 @@ def _arguments(
     offset_BH = keep_BH.cumsum(1) - keep_BH
     arena = torch.full((B, int(keep_BH.sum(1).max()) + 1, D), float("nan"), dtype=dtype)
     pos = torch.full(arena.shape[:2], -1, dtype=torch.int32)
-    return arena, -arena, pos, offset_BH.int(), keep_BH, most, k_BHSD, v_BHSD, pos_BHS, score_BHS
+    return arena, -arena, pos, offset_BH.int(), keep_BH, most or int(keep_BH.max()), k_BHSD, v_BHSD, pos_BHS, score_BHS
 
 
 def bytes_moved(

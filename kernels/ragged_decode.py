@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kernels.checks import FLOATS, INTEGERS, check, check_arena
+from kernels.checks import FLOATS, INTEGERS, MOST_SLOTS, check, check_arena, check_groups, check_inside
 from kernels.language import INTERPRETED, jit, tl, triton
 from kernels.quantize_kv import dequantize_kv, quantize_kv
 from kernels.registry import Arguments, Case, Kernel, Workload, register
@@ -67,7 +67,8 @@ def ragged_decode(
     Raises:
         ValueError: a tensor's shape, dtype, device or layout does not fit, **or** most or window is out of range,
             **or** on a GPU, D is above 256.
-        RuntimeError: on a CPU, a head has more filled slots than `most`, **or** there is no such layer.
+        RuntimeError, IndexError: on a CPU, a head has more filled slots than `most`, **or** a region is not inside the
+            arena, **or** there is no such layer.
 
     Source:
         Dao et al., Flash-Decoding, 2023 (split keys, merged by their log-sum-exp).
@@ -94,8 +95,7 @@ def ragged_decode(
             f"q_BND has heads of {D} numbers, k_arena rows of {k_arena.shape[2]}, it must have as many"
             f"{' codes or half' if quantised else ''}"
         )
-    if N % offset_BLH.shape[2]:
-        raise ValueError(f"q_BND has {N} heads, it must be a multiple of the {offset_BLH.shape[2]} of offset_BLH")
+    check_groups("q_BND", N, "offset_BLH", offset_BLH.shape[2])
     if k_arena.device.type != "cpu" and D > _WIDEST:
         raise ValueError(f"q_BND has heads of {D} numbers, on a GPU they may have {_WIDEST}")
     if most < 1 or (window is not None and window < 0):
@@ -109,7 +109,7 @@ def ragged_decode(
             check(name, scale, shape=(*k_arena.shape[:2], 2), dtype=FLOATS[:1], like=k_arena, contiguous=True)
     tables = pos, offset_BLH, length_BLH, layer_1, position_B
     attended: tuple[Tensor, Tensor] = torch.ops.headkv.ragged_decode(
-        q_BND, k_arena, v_arena, *tables, window or 0, most, bias, k_scale, v_scale
+        q_BND, k_arena, v_arena, *tables, min(window or 0, MOST_SLOTS), most, bias, k_scale, v_scale
     )
     return attended
 
@@ -142,6 +142,7 @@ def reference(
         if longest > most:
             raise RuntimeError(f"a head has {longest} filled slots, most is {most}")
         most = longest
+    check_inside(offset_BH1, length_BH1, k_arena.shape[1])
     slot_C = torch.arange(most, device=q_BND.device)
     seen_BHC = slot_C < length_BH1
     index_BHC = torch.where(seen_BHC, offset_BH1 + slot_C, offset_BH1.clamp(max=k_arena.shape[1] - 1))
@@ -467,6 +468,7 @@ def cases() -> Iterator[Case]:
             name=f"lengths={lengths}, D={D}, G={group}, window={window}",
             make=partial(_arguments, lengths, D, group, window),
         )
+    yield Case(name="4,500 slots", make=partial(_arguments, [[4500]], 16, 1, 0))
     yield Case(name="a tile holds every head", make=partial(_arguments, [[5, 256], [0, 17]], 64, 4, 0, most=256))
     yield Case(name="room for more", make=partial(_arguments, [[5, 200]], 64, 4, 0, most=1000))
     yield Case(name="merged and empty slots", make=partial(_arguments, [[65, 300, 4]], 64, 4, 200, biased=True))

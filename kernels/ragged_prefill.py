@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.checks import INTEGERS, check
+from kernels.checks import INTEGERS, MOST_SLOTS, check, check_groups
 from kernels.language import INTERPRETED, jit, tl, triton
 from kernels.registry import Arguments, Case, Kernel, Workload, register, serve
 from kernels.testing import random
@@ -29,10 +29,10 @@ def ragged_prefill(
     """Attend from T new tokens to the S tokens stored so far, the new ones included, causally by position.
 
     The last T of the S stored tokens are the new ones; the first S - T are a past that may differ from head to head.
-    On a CPU this is PyTorch's own attention. Without past and within the window no mask is built, and so a query that
-    is padding, at the end of its row, sees other padding; otherwise the mask of one KV head and at most 1024 queries
-    exists at a time. On a GPU each key and value is read once for its whole query group, if any query of a block sees
-    it.
+    On a CPU this is PyTorch's own attention. Where every key is at its query's position, but for padding at the end of
+    a row, no mask is built, and what a query that is padding gives means nothing; otherwise the mask of one KV head and
+    at most 1024 queries exists at a time. On a GPU each key and value is read once for its whole query group, if any
+    query of a block sees it.
 
     Args:
         q_BTND: queries after RoPE, N a multiple of H.
@@ -112,15 +112,14 @@ def _attend(
     B, T, N, D = q_BTND.shape
     check("k_BHSD", k_BHSD, shape=(B, None, None, D), dtype=[q_BTND.dtype], like=q_BTND)
     H, S = k_BHSD.shape[1:3]
-    if N % H:
-        raise ValueError(f"q_BTND has {N} heads, their number must be a multiple of k_BHSD's {H}")
+    check_groups("q_BTND", N, "k_BHSD", H)
     check("v_BHSD", v_BHSD, shape=(B, H, S, D), dtype=[q_BTND.dtype], like=q_BTND)
     check("pos_BHS", pos_BHS, shape=(B, H, S), dtype=INTEGERS, like=q_BTND)
     check("position_BT", position_BT, shape=(B, T), dtype=INTEGERS, like=q_BTND)
     form = torch.ops.headkv.ragged_prefill if serve() else reference
     o_BTND: Tensor
     lse_BTN: Tensor
-    o_BTND, lse_BTN = form(q_BTND, k_BHSD, v_BHSD, pos_BHS, position_BT, window or 0, lse)
+    o_BTND, lse_BTN = form(q_BTND, k_BHSD, v_BHSD, pos_BHS, position_BT, min(window or 0, MOST_SLOTS), lse)
     return o_BTND, lse_BTN
 
 
@@ -138,8 +137,10 @@ def reference(
     H, S = k_BHSD.shape[1:3]
     q_BNTD = q_BTND.transpose(1, 2)
     lse_BTN = q_BTND.new_empty((B, T, N) if lse else 0, dtype=torch.float32)
-    if S == T and (not window or window >= T) and not lse:
-        o_BNTD = F.scaled_dot_product_attention(q_BNTD, k_BHSD, v_BHSD, is_causal=True, enable_gqa=N != H)
+    if S == T and (not window or window >= T) and not lse and _is_plain(pos_BHS, position_BT):
+        empty_BHS1 = (pos_BHS < 0)[..., None]
+        k, v = (x.masked_fill(empty_BHS1, 0.0) if empty_BHS1.any() else x for x in (k_BHSD, v_BHSD))
+        o_BNTD = F.scaled_dot_product_attention(q_BNTD, k, v, is_causal=True, enable_gqa=N != H)
         return o_BNTD.transpose(1, 2).contiguous(), lse_BTN
     o_BTND = torch.empty_like(q_BTND, memory_format=torch.contiguous_format)
     for head, q_BGTD in enumerate(q_BNTD.unflatten(1, (H, N // H)).unbind(1)):
@@ -162,6 +163,17 @@ def reference(
                 lse_BGt = score_BGtS.masked_fill_(~seen_B1tS, float("-inf")).logsumexp(-1)
                 lse_BTN.unflatten(2, (H, -1))[:, rows, head] = lse_BGt.transpose(1, 2)
     return o_BTND, lse_BTN
+
+
+def _is_plain(pos_BHS: Tensor, position_BT: Tensor) -> bool:
+    """Whether every row is its own queries' tokens in order of position, with empty places at its end only."""
+    if pos_BHS.stride(1) == 0:  # the same for all heads
+        pos_BHS = pos_BHS[:, :1]
+    filled_BHS = pos_BHS >= 0
+    in_place = (pos_BHS == position_BT[:, None]) | ~filled_BHS
+    at_end = filled_BHS[..., 1:] <= filled_BHS[..., :-1]
+    in_order = position_BT[:, 1:] > position_BT[:, :-1]
+    return bool(in_place.all() and at_end.all() and in_order.all())
 
 
 @jit
@@ -287,6 +299,9 @@ def cases() -> Iterator[Case]:
     yield Case(name="G=1, past of 64", make=partial(_arguments, T=64, past=64, G=1, lse=True))
     yield Case(name="G=8, D=96, 3 rows", make=partial(_arguments, T=5, past=65, G=8, D=96, B=3, lse=True))
     yield Case(name="G=3, sliding past", make=partial(_arguments, T=20, past=300, G=3, D=16, window=50))
+    yield Case(name="past of 2100", make=partial(_arguments, T=9, past=2100, G=1, D=16, window=1500))
+    yield Case(name="no past, holes", make=partial(_arguments, T=40, past=0, D=16, holes=True))
+    yield Case(name="no past, queries that see nothing", make=partial(_arguments, T=9, past=0, D=16, apart=100))
     yield Case(name="queries that see nothing", make=partial(_arguments, T=70, past=90, H=1, apart=100, lse=True))
 
 
@@ -301,17 +316,21 @@ def _arguments(
     D: int = 64,
     window: int = 0,
     apart: int = 0,
+    holes: bool = False,
     lse: bool = False,
 ) -> Arguments:
     """The first KV head's past is full, others are ragged, the last row's last one empty; empty places hold NaN.
 
-    With `apart`, all keys are that much newer. With a past, the last fifth of the last row's queries is padding.
+    With `apart`, all keys are that much newer. With a past, the last fifth of the last row's queries is padding. With
+    `holes`, every third key after the first is missing.
     """
     S = past + T
     pos = torch.arange(S, dtype=torch.int32).expand(B, H, S).clone()
+    if holes:
+        pos[..., 1::3] = -1
     if past:
-        holes = torch.rand(B, H - 1, past, generator=torch.Generator().manual_seed(S)) < 0.3
-        pos[:, 1:, :past][holes] = -1
+        missing = torch.rand(B, H - 1, past, generator=torch.Generator().manual_seed(S)) < 0.3
+        pos[:, 1:, :past][missing] = -1
         pos[B - 1, H - 1, : past // 2] = -1
         pos[B - 1, :, S - T // 5 :] = -1
     pos[pos >= 0] += apart

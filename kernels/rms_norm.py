@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kernels.checks import check
+from kernels.checks import check, check_rows
 from kernels.language import jit, tl, triton
 from kernels.registry import Arguments, Case, Kernel, Workload, register, serve
 from kernels.testing import random
@@ -35,7 +35,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         >>> rms_norm(torch.tensor([3.0, 4.0]), torch.ones(2), 1e-6)
         tensor([0.8485, 1.1314])
     """
-    check("x", x)
+    check_rows("x", x)
     check("weight", weight, shape=x.shape[-1:], dtype=[x.dtype], like=x)
     if serve():
         y: Tensor = torch.ops.headkv.rms_norm(x, weight, eps)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.checks import check
+from kernels.checks import check_rows
 from kernels.language import jit, tl, triton
 from kernels.registry import Arguments, Case, Kernel, Workload, register, serve
 from kernels.testing import random
@@ -36,9 +36,9 @@ def silu_mul(gate_up: Tensor) -> Tensor:
         >>> silu_mul(torch.tensor([0.0, 2.0]))
         tensor([0.])
     """
-    check("gate_up", gate_up)
-    if not gate_up.dim() or gate_up.shape[-1] % 2 or not gate_up.shape[-1]:
-        raise ValueError(f"gate_up has shape {tuple(gate_up.shape)}, its last size must be even and not 0")
+    check_rows("gate_up", gate_up)
+    if gate_up.shape[-1] % 2:
+        raise ValueError(f"gate_up has shape {tuple(gate_up.shape)}, its last size must be even")
     if serve():
         y: Tensor = torch.ops.headkv.silu_mul(gate_up)
         return y

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.checks import INTEGERS, check
+from kernels.checks import INTEGERS, MOST_SLOTS, check, check_groups
 from kernels.language import INTERPRETED, jit, tl, triton
 from kernels.registry import Arguments, Case, Kernel, Workload, register, serve
 from kernels.testing import random
@@ -72,8 +72,7 @@ def window_scores(
     B, W, N, D = q_BWND.shape
     check("k_BHSD", k_BHSD, shape=(B, None, None, D), dtype=[q_BWND.dtype], like=q_BWND)
     H, S = k_BHSD.shape[1:3]
-    if N % H:
-        raise ValueError(f"q_BWND has {N} heads, their number must be a multiple of k_BHSD's {H}")
+    check_groups("q_BWND", N, "k_BHSD", H)
     check("pos_BHS", pos_BHS, shape=(B, H, S), dtype=INTEGERS, like=q_BWND)
     check("position_BW", position_BW, shape=(B, W), dtype=INTEGERS, like=q_BWND)
     check("protected_BHS", protected_BHS, shape=(B, H, S), dtype=[torch.bool], like=q_BWND)
@@ -88,7 +87,7 @@ def window_scores(
         group == "max",
         ahead,
         behind,
-        window or 0,
+        min(window or 0, MOST_SLOTS),
     )
     return score_BHS
 
@@ -344,6 +343,7 @@ def cases() -> Iterator[Case]:
     yield Case(name="S=64, G=8, means", make=partial(_arguments, S=64, G=8, W=8))
     yield Case(name="S=65, D=96, maxima", make=partial(_arguments, S=65, D=96, W=32, rows_max=True, group_max=True))
     yield Case(name="S=1000, G=1, D=128", make=partial(_arguments, S=1000, G=1, D=128, W=8))
+    yield Case(name="S=4200", make=partial(_arguments, S=4200, G=1, H=1, D=16, W=2))
     yield Case(name="3 rows, maximum of means", make=partial(_arguments, B=3, S=70, D=16, W=8, group_max=True))
     yield Case(name="D=256, sliding", make=partial(_arguments, S=300, D=256, G=1, W=8, rows_max=True, window=100))
     yield Case(name="more than 64 queries", make=partial(_arguments, S=200, W=70, H=1))

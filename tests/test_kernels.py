@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import decode_blocks, few_rows_linear, native, ragged_compact, ragged_decode, rope
-from kernels.language import INTERPRETED
+from kernels import decode_blocks, few_rows_linear, native, ragged_compact, ragged_decode, ragged_prefill, rope
+from kernels.language import INSTALLED, INTERPRETED
 from kernels.registry import all_kernels
 from kernels.testing import check, each_tensor
 
@@ -34,6 +34,8 @@ def test_triton_form(kernel, case, dtype):
     """Interpreted on a CPU, where kernels take bf16 operands of products to fp32: the interpreter's are wrong."""
     if kernel.launch is None:
         pytest.skip("other libraries do this better on a GPU")
+    if not INSTALLED:
+        pytest.skip("Triton is not installed")
     assert (DEVICE == "cpu") == INTERPRETED
     check(kernel, on(DEVICE, case.make(dtype)), kernel.launch)
 
@@ -236,7 +238,81 @@ def test_more_slots_than_int32_counts_are_refused(op):
         call(all_kernels()[op], arguments)
 
 
+@pytest.mark.parametrize("form", ["reference", "C++"])
+def test_slots_outside_the_arena_are_refused(form):
+    if form == "C++" and native.compiler() is None:
+        pytest.skip("there is no C++ compiler")
+    native.load()
+    kernels = all_kernels()
+
+    def run(name, **changed):
+        kernel = kernels[name]
+        run = kernel.reference if form == "reference" else getattr(torch.ops.headkv, name)
+        return run(*(ARGUMENTS[name] | changed).values())
+
+    append, decode = ARGUMENTS["ragged_append"], ARGUMENTS["ragged_decode"]
+    slots = append["k_arena"].shape[1]
+    for slot in (-1, slots, 2**28):
+        spoilt = append["slot_BLHT"].clone()
+        spoilt[:, int(append["layer_1"])] = slot
+        with pytest.raises((RuntimeError, IndexError), match="outside the arena"):
+            run("ragged_append", slot_BLHT=spoilt, active_B=torch.ones_like(append["active_B"]))
+        run("ragged_append", slot_BLHT=spoilt, active_B=torch.zeros_like(append["active_B"])) if slot < 0 else None
+    slots = decode["k_arena"].shape[1]
+    for offset in (-1, slots - 1, 2**30):
+        with pytest.raises((RuntimeError, IndexError), match="outside the arena"):
+            run("ragged_decode", offset_BLH=torch.full_like(decode["offset_BLH"], offset))
+
+
+@pytest.mark.parametrize("form", ["reference", "triton"])
+def test_padding_at_the_end_of_a_prompt_does_not_count(form):
+    """Of queries that are padding themselves nothing is said."""
+    if form == "triton" and not INSTALLED:
+        pytest.skip("Triton is not installed")
+    run = partial(ragged_prefill.reference if form == "reference" else ragged_prefill.launch, window=0, lse=False)
+    q, k, v = (torch.randn(2, 33, heads, 16, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 1))
+    v = v.expand_as(k)
+    position = torch.arange(33, dtype=torch.int32).expand(2, 33)
+    pos, real = position[:, None].expand(2, 2, 33).clone(), 16
+    pos[1, :, real:] = -1
+    k, v = (x.transpose(1, 2).masked_fill((pos < 0)[..., None], float("nan")) for x in (k, v))
+    arguments = on(DEVICE, (q, k, v, pos, position))
+    q, k, v, pos, position = arguments
+    alone = run(q[1:, :real], k[1:, :, :real], v[1:, :, :real], pos[1:, :, :real], position[1:, :real])
+    torch.testing.assert_close(run(*arguments)[0][1:, :real], alone[0])
+
+
+@pytest.mark.parametrize("window", [2**31, 2**33, sys.maxsize])
+def test_a_window_wider_than_positions_is_no_window(window):
+    prefill = {case.name: case for case in ragged_prefill.KERNEL.cases()}["G=3, sliding past"].make(torch.float32)[:5]
+    expected = ragged_prefill.ragged_prefill(*prefill)
+    assert torch.equal(ragged_prefill.ragged_prefill(*prefill, window=window), expected)
+    for name in ("ragged_decode", "window_scores"):
+        arguments = ARGUMENTS[name] | {"window": 0}
+        plain, wide = (call(all_kernels()[name], arguments | {"window": given}) for given in (0, window))
+        assert all(torch.equal(x, y) for x, y in zip(plain, wide, strict=True))
+
+
+def test_costs_are_what_a_hand_counts():
+    q, k = torch.empty(1, 4, 8), torch.empty(1, 10, 8)
+    pos, table = torch.zeros(1, 10, dtype=torch.int32), torch.tensor([[[3, 5]]], dtype=torch.int32)
+    decode = q, k, k, pos, table, table, torch.tensor([0]), table[0, 0, :1], 0, 5
+    assert ragged_decode.bytes_moved(*decode) == 8 * (2 * 8 * 4) + 2 * (4 * 8 * 4) + 4 * 4
+    assert ragged_decode.flops(*decode) == 8 * 2 * (2 * 8 + 2 * 8)
+    x, weight = torch.empty(3, 16), torch.empty(16)
+    norm = all_kernels()["rms_norm"]
+    assert norm.bytes_moved(x, weight, 1e-6) == 2 * 3 * 16 * 4 + 16 * 4
+
+
 def test_numbers_that_do_not_fit_are_refused():
+    for name in ("rms_norm", "add_rms_norm", "silu_mul", "few_rows_linear", "quantize_kv"):
+        for x in (torch.ones(3, 0), torch.ones(())):
+            first = next(iter(ARGUMENTS[name]))
+            with pytest.raises(ValueError, match="its rows must have at least 1 number"):
+                call(all_kernels()[name], ARGUMENTS[name] | {first: x})
+    with pytest.raises(ValueError, match="it must have a multiple of offset_BLH's 0"):
+        empty = dict.fromkeys(("offset_BLH", "length_BLH"), ARGUMENTS["ragged_decode"]["offset_BLH"][..., :0])
+        call(ragged_decode.KERNEL, ARGUMENTS["ragged_decode"] | empty)
     with pytest.raises(ValueError, match="x_BTHD has a head dim of 3, it must be even"):
         rope.apply_rope(torch.ones(1, 1, 1, 3), torch.ones(1, 1, 1), torch.ones(1, 1, 1))
     with pytest.raises(ValueError, match="max_keep is 0, it must be at least 1"):

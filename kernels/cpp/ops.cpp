@@ -136,6 +136,27 @@ const int32_t* at_layer(const Tensor& table, const Tensor& like, const Tensor& l
   return data<int32_t>(table) + layer * table.stride(1);
 }
 
+// What is written and read lies inside the arena, from the tables' layer on for so many layers.
+template <class T>
+void check_slots(const Arena<T>& arena, int64_t layers, int64_t tokens) {
+  for (int64_t row = 0; row < arena.batch; row++)
+    for (int64_t i = 0; i < layers * arena.kv_heads * tokens && arena.active[row]; i++) {
+      const int64_t slot = arena.slot[row * arena.table_stride + i];
+      STD_TORCH_CHECK(slot >= 0 && slot < arena.slots, "slot ", slot, " is outside the arena of ", arena.slots, " slots");
+    }
+}
+
+template <class T>
+void check_regions(const Arena<T>& arena, int64_t layers) {
+  for (int64_t row = 0; row < arena.batch; row++)
+    for (int64_t i = 0; i < layers * arena.kv_heads; i++) {
+      const int64_t first = arena.offset[row * arena.table_stride + i];
+      const int64_t length = arena.length[row * arena.table_stride + i];
+      STD_TORCH_CHECK(length == 0 || (length > 0 && first >= 0 && first + length <= arena.slots), "a region of ", length,
+                      " slots from ", first, " on is outside the arena of ", arena.slots, " slots");
+    }
+}
+
 void ragged_append(Tensor k_arena, Tensor v_arena, Tensor pos, Tensor slot_BLHT, Tensor layer_1, Tensor k_BTHD,
                    Tensor v_BTHD, Tensor position_B, Tensor active_B) {
   STD_TORCH_CHECK(slot_BLHT.dim() == 4, "slot must be (B, L, H, T)");
@@ -152,6 +173,7 @@ void ragged_append(Tensor k_arena, Tensor v_arena, Tensor pos, Tensor slot_BLHT,
                           x.size(2) == arena.kv_heads && x.size(3) == D,
                       "k and v must be (B, T, H, D) in the arena's dtype");
     const Tensor k = heads_packed(k_BTHD), v = heads_packed(v_BTHD);
+    check_slots(arena, 1, tokens);
     append<T, T>(arena, tokens, {data<T>(k), k.stride(0), k.stride(1)}, {data<T>(v), v.stride(0), v.stride(1)});
   });
 }
@@ -244,6 +266,7 @@ std::tuple<Tensor, Tensor> ragged_decode(Tensor q_BND, Tensor k_arena, Tensor v_
     arena.offset = at_layer(offset_BLH, offset_BLH, layer_1);
     arena.length = at_layer(length_BLH, offset_BLH, layer_1);
     arena.window = window, arena.bias = bias ? data<float>(*bias) : nullptr;
+    check_regions(arena, 1);
     return arena;
   };
   for_type(q_BND, [&](auto zero) {
@@ -316,6 +339,8 @@ Tensor decode_blocks_op(Tensor x_BTE, Tensor cos_BTd, Tensor sin_BTd, std::vecto
     arena.slot = at_layer(slot_BLH, slot_BLH, layer_1), arena.active = data<bool>(active_B);
     arena.offset = at_layer(offset_BLH, slot_BLH, layer_1);
     arena.length = at_layer(length_BLH, slot_BLH, layer_1);
+    check_slots(arena, count, 1);
+    check_regions(arena, count);
     arena.group = blocks[0].out.in / D / H;
     decode_blocks<T>(blocks, arena, as_floats(packed(cos_BTd)).data(), as_floats(packed(sin_BTd)).data(),
                      data<T>(x_BTE), data<T>(y));
