@@ -89,11 +89,14 @@ def compress(record: Record, settings: list[tuple[Method, int]], room: int) -> A
         dtype=k_BHSD.dtype,
     )
     cache = ArenaCache(shape, k_BHSD.device)
-    cache.lay_out(keep_BLH, [room] * len(settings))
+    most_B = torch.stack([method.most(keep_LH, n) for (method, _), keep_LH in zip(settings, keep_BLH, strict=True)])
+    cache.lay_out(keep_BLH, [room] * len(settings), most_B=most_B)
+    keep_BLH = keep_BLH.to(k_BHSD.device)
     position_S = torch.arange(n, dtype=torch.int32, device=k_BHSD.device)
     pos_BHS = position_S.expand(1, config.num_kv_heads, n)
     for index, layer in enumerate(record.layers):
         scored: dict[Method, Tensor] = {}
+        keep_BH = keep_BLH[:, index].clone()
         for row, (method, _) in enumerate(settings):
             if method not in scored:
                 window = min(method.scorer.window, n)
@@ -107,14 +110,17 @@ def compress(record: Record, settings: list[tuple[Method, int]], room: int) -> A
                     layer.sliding,
                 )
                 scored[method] = score_BHS.masked_fill(protected_BHS, float("inf"))
-            keep_1H = keep_BLH[row, index][None].to(k_BHSD.device)
+            if method.sharing is not None:
+                keep_BH[row] = method.sharing.share(keep_BH[row, None], scored[method], pos_BHS >= 0)[0]
+        cache.share_out(torch.tensor([index], device=k_BHSD.device), keep_BLH[:, index], keep_BH)
+        for row, (method, _) in enumerate(settings):
             cache.kept[row, index] = ragged_compact(
                 cache.k[row, None],
                 cache.v[row, None],
                 cache.pos[row, None],
                 cache.offset[row, None, index],
-                keep_1H,
-                int(keep_1H.max()),
+                keep_BH[row, None],
+                int(most_B[row]),
                 layer.k_BHSD,
                 layer.v_BHSD,
                 pos_BHS,

@@ -134,6 +134,7 @@ def bad_options(place: Path, rng: random.Random) -> Iterator[Case]:
     share = [junk(rng), "", "-0.01", "1.01", "nan", "inf", "-inf", "1e999", "0,5"]
     bad_methods = ["snapkv:window", "snapkv:window=x", "snapkv:window=0", "snapkv:rows=median", "snapkv:preset=best"]
     bad_methods += ["snapkv:no=1", "full:sinks=4", "streaming:sinks=-1", "headkv:beta=0.5", "headkv:scores=r3"]
+    bad_methods += ["snapkv:allocator=snapkv", "full:allocator=adakv", "adakv:alpha=2", "keydiff:preset=tuned"]
     wrong = {
         "--max-new-tokens": count,
         "--max-context": count,
@@ -169,7 +170,13 @@ def bad_options(place: Path, rng: random.Random) -> Iterator[Case]:
 
 def bad_budgets(place: Path, rng: random.Random) -> Iterator[Case]:
     good = place / "good"
-    for method, least in (("snapkv", 32), ("snapkv:preset=tuned", 8), ("streaming", 5), ("streaming:sinks=9", 10)):
+    for method, least in (
+        ("snapkv", 32),
+        ("snapkv:preset=tuned", 8),
+        ("streaming", 5),
+        ("streaming:sinks=9", 10),
+        ("adakv", 32),
+    ):
         for budget in (1, rng.randrange(2, least - 1), least - 1):
             yield Case(asked(good, "--budget", budget, cache=method))
     for budget in ("1B", "1KiB", "1.5kB", "20KB", "10000TB"):
@@ -470,7 +477,7 @@ def test_processes_refuse_what_they_have_to_read(place, work):
     cases = {
         "is truncated": (asked("short.gguf"), {}),
         "model_type 'mamba' is not supported": (asked("mamba"), {}),
-        "choose from full, headkv, snapkv, streaming": (asked(good, cache="fulll"), {}),
+        "choose from adakv, full, headkv, keydiff, pyramidkv, snapkv, streaming": (asked(good, cache="fulll"), {}),
         "raise the budget to at least 32": (asked(good, "--budget", 31), {}),
         f"but the context is {CONTEXT}": (["--model", good, "--cache", "full", "--prompt", "x" * CONTEXT], {}),
         "is not valid json": (asked(good, "--importance", "scores.json", cache="headkv"), {}),

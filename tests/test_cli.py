@@ -190,6 +190,11 @@ def test_list_shows_every_choice(run):
     assert status == 0 and not err
     for name in ("smollm2-135m", "qwen3", "headkv", "full", "snapkv", "streaming", "arXiv 2410.19258", "bfloat16"):
         assert name in out
+    rows = {tuple(re.split(r"\s{2,}", line.strip())) for line in out.splitlines()}
+    assert ("headkv", "window attention", "head importance", "yes", "-") in rows
+    assert ("streaming", "position", "uniform", "-", "yes") in rows
+    assert ("adakv", "window attention", "layer top k", "-", "-") in rows
+    assert max(map(len, out.splitlines())) <= 100
 
 
 def test_the_context_is_a_limit_unless_overflow_is_allowed(run, tmp_path):

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from kernels.ragged_compact import ragged_compact
 from layers.budget import parse_budget
-from layers.compress.allocators import HeadImportance, Uniform
-from layers.compress.scorers import WindowAttention
-from layers.methods import build_method, method_names, needs_importance
+from layers.compress.allocators import HeadImportance, LayerTopK, Pyramid, Uniform
+from layers.compress.scorers import KeyDifference, WindowAttention
+from layers.methods import allocator_names, build_method, method_names, needs_importance
 from layers.plan import ArenaShape, offsets
 
 
@@ -179,6 +179,112 @@ def test_compat_is_the_published_arithmetic(beta, budget):
         assert int(cap.flatten()[i]) == min(want, 4000 - 8) + 8
 
 
+BETAS = st.floats(1, 100)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 4), BETAS, st.integers(0, 40), st.integers(0, 300), st.integers(1, 900))
+def test_pyramids_are_exact(L, H, beta, protected, free, prompt):
+    budget = max(1, protected + free)
+    protected = min(protected, budget)
+    keep = Pyramid(beta=beta, protected=protected)(budget=budget, prompt=prompt, num_layers=L, num_kv_heads=H)
+    assert keep.shape == (L, H) and int(keep.sum()) == min(budget, prompt) * L * H
+    assert int(keep.max()) <= prompt
+    assert (keep == keep[:, :1]).all(), "no head of a layer has more than another"
+    if prompt > budget:
+        assert (keep.diff(dim=0) <= 0).all()
+        assert int(keep.min()) >= protected + math.floor((budget - protected) / beta)
+        assert beta > 1 or (keep == budget).all()
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 4), BETAS, st.integers(0, 9), st.integers(1, 300), st.integers(1, 900))
+def test_published_pyramids_stay_within_their_surplus(L, H, beta, protected, free, prompt):
+    share, budget = Pyramid(beta=beta, protected=protected, compat=True), protected + free
+    keep = share(budget=budget, prompt=prompt, num_layers=L, num_kv_heads=H)
+    over = int(keep.sum()) - min(budget, prompt) * L * H
+    assert 0 <= over <= share.surplus(num_layers=L, num_kv_heads=H)
+    assert int(keep.max()) <= prompt and int(keep.min()) >= min(protected, prompt)
+
+
+@st.composite
+def scored_layers(draw, levels=(1, 3, 1000)):
+    """Scores of a layer's tokens, with empty places before them, as later turns have, and few or many equal ones."""
+    B, H, S = draw(st.integers(1, 3)), draw(st.integers(1, 5)), draw(st.integers(1, 40))
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    score = torch.randint(0, draw(st.sampled_from(levels)), (B, H, S), generator=g).float() - 1
+    filled = torch.arange(S) >= torch.randint(0, S, (B, H, 1), generator=g)
+    protected = draw(st.integers(1, 4))
+    score[..., -protected:] = math.inf
+    budget = protected + draw(st.integers(0, 40))
+    return score, filled, protected, budget
+
+
+def share(allocator, score, filled, budget):
+    """Both stages, for a prompt as long as the longest head."""
+    B, H, S = score.shape
+    keep = torch.stack([allocator(budget=budget, prompt=S, num_layers=1, num_kv_heads=H)[0]] * B)
+    return keep, allocator.share(keep, score, filled)
+
+
+@settings(max_examples=300, deadline=None)
+@given(scored_layers(), st.floats(0, 1))
+def test_shared_layers_are_exact(layer, alpha):
+    score, filled, protected, budget = layer
+    keep, shared = share(LayerTopK(alpha=alpha, protected=protected), score, filled, budget)
+    held = filled.sum(-1)
+    assert torch.equal(shared.sum(1), torch.minimum(keep.sum(1), held.sum(1)))
+    assert (shared <= held).all()
+    least = (filled & score.isposinf()).sum(-1) + math.floor(alpha * max(0, int(keep.max()) - protected))
+    assert (shared >= torch.minimum(least, held)).all()
+
+
+@settings(max_examples=300, deadline=None)
+@given(scored_layers(), st.floats(0, 1))
+def test_shared_layers_in_published_rounding_stay_within_their_surplus(layer, alpha):
+    score, filled, protected, budget = layer
+    allocator = LayerTopK(alpha=alpha, protected=protected, compat=True)
+    keep, shared = share(allocator, score, filled, budget)
+    H = score.shape[1]
+    over = int(keep.sum(1).max()) - min(budget, score.shape[2]) * H
+    assert 0 <= over <= allocator.surplus(num_layers=1, num_kv_heads=H)
+    assert (shared.sum(1) <= keep.sum(1)).all() and (shared <= filled.sum(-1)).all() and (shared >= 1).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(scored_layers([1000]), st.booleans(), st.randoms())
+def test_heads_that_change_places_take_their_share_along(layer, compat, random):
+    score, filled, protected, budget = layer
+    score = score.double() + torch.arange(score.numel()).view(score.shape) / 2**20  # no two are equal
+    order = list(range(score.shape[1]))
+    random.shuffle(order)
+    allocator = LayerTopK(alpha=0.2, protected=protected, compat=compat)
+    _, shared = share(allocator, score, filled, budget)
+    _, again = share(allocator, score[:, order], filled[:, order], budget)
+    assert torch.equal(again, shared[:, order])
+
+
+def test_a_layer_without_a_safeguard_keeps_its_best_tokens():
+    score = torch.tensor([[[0.9, 0.8, 0.7, math.inf], [0.1, 0.2, 0.3, math.inf]]])
+    keep, filled = torch.tensor([[3, 3]]), torch.ones(1, 2, 4, dtype=torch.bool)
+    shares = [LayerTopK(alpha=alpha, protected=1).share(keep, score, filled).tolist() for alpha in (0, 0.5, 1)]
+    assert shares == [[[4, 2]], [[4, 2]], [[3, 3]]]
+    score[0, 1] -= 1  # worse than any other, and negative
+    assert LayerTopK(alpha=0.0, protected=1).share(keep - 1, score, filled).tolist() == [[3, 1]]
+
+
+def test_key_difference_ignores_lengths_and_empty_places():
+    k = torch.randn(2, 3, 9, 4)
+    pos = torch.arange(9, dtype=torch.int32).repeat(2, 3, 1)
+    pos[:, :, :2] = pos[0, :, 7:] = -1
+    arguments = pos, torch.empty(2, 0), pos < 0, None
+    score = KeyDifference()(torch.empty(2, 0, 3, 4), k, *arguments)
+    k[pos < 0] = math.nan
+    again = KeyDifference()(torch.empty(2, 0, 3, 4), k * torch.rand(2, 3, 9, 1), *arguments)
+    torch.testing.assert_close(again[pos >= 0], score[pos >= 0])
+    assert again.isfinite().all()
+
+
 @pytest.mark.parametrize(("budget", "prompt"), [(8, 100), (100, 8), (1, 1)])
 def test_uniform(budget, prompt):
     assert Uniform()(budget=budget, prompt=prompt, num_layers=2, num_kv_heads=3).unique().tolist() == [
@@ -235,10 +341,30 @@ def test_methods_build_and_describe_themselves(name):
             build_method(name)
 
 
+@pytest.mark.parametrize("allocator", allocator_names())
+@pytest.mark.parametrize("name", [name for name in method_names() if name != "full"])
+def test_any_scores_go_with_any_budgets(name, allocator):
+    spec = f"{name}:allocator={allocator}"
+    method, plain = build_method(spec, IMPORTANCE), build_method(name, IMPORTANCE)
+    assert method.scorer == plain.scorer and method.protected == plain.protected
+    source = build_method("snapkv" if allocator == "uniform" else allocator, IMPORTANCE)
+    assert type(method.allocator) is type(source.allocator)
+    assert getattr(method.allocator, "protected", method.protected) == method.protected
+    assert needs_importance(spec) == (allocator == "headkv")
+    if allocator == name:
+        assert repr(method) == repr(plain)
+
+
+def test_options_of_scores_and_budgets_go_together():
+    method = build_method("snapkv:preset=tuned,allocator=headkv,beta=7,scores=r,recent=2", IMPORTANCE)
+    assert (method.allocator.beta, method.allocator.protected, method.recent) == (7, 6, 2)
+    assert method.allocator.importance_LN is IMPORTANCE["r"]
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("snapkw", "choose from full, headkv, snapkv, streaming"),
+        ("snapkw", "choose from adakv, full, headkv, keydiff, pyramidkv, snapkv, streaming"),
         ("snapkv:pool=3", "no option"),
         ("snapkv:window=x", "takes int"),
         ("snapkv:window=0", "window must be at least 1"),
@@ -250,6 +376,16 @@ def test_methods_build_and_describe_themselves(name):
         ("full:x=1", "it takes none"),
         ("streaming:sinks=-1", "sinks"),
         ("base", "no cache method"),
+        ("snapkv:allocator=snapkv", "no allocator 'snapkv': choose from adakv, headkv, pyramidkv, uniform"),
+        ("adakv:allocator", "no allocator ''"),
+        ("full:allocator=adakv", "full has no option 'allocator=adakv': it takes none"),
+        ("snapkv:beta=2", "no option 'beta=2': write name=value with allocator, window"),
+        ("headkv:allocator=adakv,beta=2", "with allocator, alpha, compat"),
+        ("keydiff:preset=tuned", "with allocator, sinks, recent"),
+        ("adakv:alpha=1.5", "alpha must be between 0 and 1"),
+        ("adakv:alpha=nan", "alpha must be between 0 and 1"),
+        ("pyramidkv:beta=0.5", "beta must be at least 1"),
+        ("keydiff:recent=0", "recent at least 1"),
     ],
 )
 def test_wrong_methods_are_explained(spec, message):

@@ -69,20 +69,28 @@ def close(got, want):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-4)
 
 
+WITHOUT_WINDOW = ("full", "streaming", "keydiff")
+
+
 def variants(name):
-    return [name] if name in ("full", "streaming") else [name, f"{name}:preset=tuned", f"{name}:preset=published"]
+    return [name] if name in WITHOUT_WINDOW else [name, f"{name}:preset=tuned", f"{name}:preset=published"]
 
 
 SPECS = [spec for name in method_names() for spec in variants(name)] + [
     "headkv:scores=r,beta=1.01",
     "headkv:compat=true",
+    "adakv:compat=true,alpha=0.5",
+    "pyramidkv:compat=true",
+    "snapkv:allocator=headkv",
+    "keydiff:allocator=adakv",
+    "streaming:allocator=headkv",
 ]
 SMALL = "window=4,recent=4"
 
 
 def small(spec):
     """The same method with a window that small budgets can hold."""
-    if spec.startswith(("full", "streaming")):
+    if spec.startswith(WITHOUT_WINDOW):
         return spec
     return spec + ("," if ":" in spec else ":") + SMALL
 
@@ -141,7 +149,7 @@ def test_budgets_are_promises(loaded, spec):
         planned = 24 if engine.budget else 300
         total = min(planned, len(prompts[0])) * 6
         if "compat" in spec:
-            assert int(engine.cache.kept.sum()) <= total + 3
+            assert total - 6 <= int(engine.cache.kept.sum()) <= total + 3
         else:
             assert int(engine.cache.kept.sum()) == total
         for _ in range(20):
@@ -238,7 +246,8 @@ def test_decoding_equals_dense_attention_masked_to_the_kept_sets(spec, heads):
         for h in range(H):
             start, kept = int(cache.offset[b, 0, h]), int(cache.kept[b, 0, h])
             stored[b][h] = cache.pos[b, start : start + kept].tolist()
-            assert stored[b][h] == sorted(set(stored[b][h])) and kept == min(int(keep[b, 0, h]), n)
+            assert stored[b][h] == sorted(set(stored[b][h]))
+            assert method.sharing is not None or kept == min(int(keep[b, 0, h]), n)
             assert set(range(min(method.sinks, n))) <= set(stored[b][h])
             assert set(range(max(0, n - method.recent), n)) <= set(stored[b][h])
     prompt_sets = [[set(head) for head in row] for row in stored]
@@ -333,8 +342,9 @@ def test_sampling_repeats_with_its_seed_and_ignores_the_batch(loaded):
     assert engine.generate([tokens(20, 7)[1]], seed=7, **sampling) != together[1:]
 
 
-def test_no_new_memory_while_decoding(loaded):
-    engine = Engine(loaded, cache="headkv:window=4,recent=4", budget=24, max_new_tokens=6, max_context=300)
+@pytest.mark.parametrize("cache", ["headkv:window=4,recent=4", "adakv:window=4,recent=4"])
+def test_no_new_memory_while_decoding(loaded, cache):
+    engine = Engine(loaded, cache=cache, budget=24, max_new_tokens=6, max_context=300)
     engine.prefill(tokens(30))
     engine.step([1])
     pointers = {name: t.data_ptr() for name, t in vars(engine.cache).items() if isinstance(t, torch.Tensor)}
@@ -352,6 +362,9 @@ def test_no_new_memory_while_decoding(loaded):
         ({"cache": "snap"}, "choose from"),
         ({"budget": "many"}, "not understood"),
         ({"budget": 3, "cache": "snapkv"}, "always keeps 0 sinks and the last 32 tokens.*at least 32"),
+        ({"budget": 31, "cache": "adakv"}, "always keeps 0 sinks and the last 32 tokens.*at least 32"),
+        ({"budget": 7, "cache": "pyramidkv"}, "always keeps 0 sinks and the last 8 tokens.*at least 8"),
+        ({"budget": 4, "cache": "keydiff:sinks=4"}, "always keeps 4 sinks and the last 1 tokens.*at least 5"),
         ({"budget": "1KiB"}, "leaves 0 tokens"),
         ({"budget": 0}, "positive"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
@@ -425,9 +438,11 @@ def test_a_refused_batch_leaves_the_engine_as_it_was(loaded):
     assert torch.equal(engine.prefill(tokens(60)), want)
 
 
-@pytest.mark.parametrize("budget", [20, "30%"])
-def test_published_rounding_fits_its_arena_at_every_length(loaded, budget):
-    engine = Engine(loaded, cache="headkv:compat=true,beta=1.01,window=4,recent=4", budget=budget, max_context=64)
+@pytest.mark.parametrize("cache", ["headkv:compat=true,beta=1.01", "adakv:compat=true", "pyramidkv:compat=true"])
+@pytest.mark.parametrize("budget", [20, "30%", "40KB"])
+def test_published_rounding_fits_its_arena_at_every_length(loaded, cache, budget):
+    engine = Engine(loaded, cache=f"{cache},window=4,recent=4", budget=budget, max_new_tokens=20, max_context=64)
+    assert budget != "40KB" or engine.stats().nbytes <= 40_000
     for length in range(1, 65):
         engine.prefill(tokens(length))
         if length <= 20 and budget == 20:

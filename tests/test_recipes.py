@@ -144,7 +144,16 @@ def test_a_trial_looks_at_the_attention_that_the_model_computes(loaded: Loaded) 
             torch.testing.assert_close(trial.r_LN[layer, head], r[0])
 
 
-SPECS = ["headkv:window=16", "headkv:preset=published,beta=1.1,scores=r", "snapkv:window=8,recent=8", "streaming"]
+SPECS = [
+    "headkv:window=16",
+    "headkv:preset=published,beta=1.1,scores=r",
+    "snapkv:window=8,recent=8",
+    "streaming",
+    "adakv:preset=tuned",
+    "pyramidkv:preset=tuned",
+    "keydiff",
+    "keydiff:allocator=adakv,alpha=0.1",
+]
 
 
 def test_replay_equals_the_engine(loaded: Loaded, importance: Path) -> None:
@@ -215,13 +224,13 @@ def test_evaluation_writes_rows_and_a_table(command_line: Loaded, importance: Pa
     output, table = tmp_path / "out.jsonl", tmp_path / "out.md"
     arguments = [
         *("--model", "some", "--split", "test", "--tasks", "noise", "prose", "--tokens", str(LENGTH), "--prompts", "3"),
-        *("--seed", "7", "--caches", "headkv:window=8", "snapkv:window=8,recent=8", "--budgets", "16", "24"),
+        *("--seed", "7", "--caches", "headkv:window=8", "adakv:preset=tuned", "keydiff", "--budgets", "16", "24"),
         *("--importance", str(importance), "--verify", "3", "--output", str(output), "--table", str(table)),
         *("--dtype", "float32", "--device", "cpu", "--threads", str(torch.get_num_threads())),
     ]
     assert eval_needles.main(arguments) == 0
     rows = [json.loads(line) for line in output.read_text().splitlines()]
-    assert len(rows) == 2 * (1 + 2 * 2)
+    assert len(rows) == 2 * (1 + 3 * 2)
     assert {row["seed"] for row in rows} == {7} and {len(row["hits"]) for row in rows} == {3}
     for budget in (16, 24):
         assert len({row["nbytes"] for row in rows if row["budget"] == budget}) == 1

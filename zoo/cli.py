@@ -6,6 +6,7 @@ import argparse
 import gc
 import math
 import os
+import re
 import sys
 import threading
 import traceback
@@ -159,7 +160,7 @@ def parser(program: str, description: str, examples: str) -> argparse.ArgumentPa
         default="headkv",
         metavar="METHOD",
         help="headkv (default), full, snapkv, streaming and what else --list shows; options follow a colon: "
-        "headkv:beta=1.2",
+        "headkv:beta=1.2, snapkv:allocator=adakv",
     )
     cache.add_argument(
         "--budget",
@@ -498,18 +499,28 @@ def print_choices() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from layers.methods import method_names, needs_importance
+    from layers.methods import allocator_names, method_names, needs_importance
     from zoo.family import family_names
 
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if sys.stdout.isatty() else 100)
     models = Table("--model", "what it is", box=None, title="Models", title_justify="left")
     for alias in ALIASES:
         models.add_row(alias, f"{ALIASES[alias].requirement}{' (default)' if alias == DEFAULT_MODEL else ''}")
     models.add_row("a folder, .gguf file or hub id", f"of a family among {', '.join(family_names())}")
-    methods = Table(
-        "--cache", "keeps", "head importance", "source", box=None, title="Cache methods", title_justify="left"
-    )
+    methods = Table("--cache", "keeps", "source", box=None, title="Cache methods", title_justify="left")
+    columns = "--cache", "scores by", "budgets by", "calibrated", "evicts prompt tokens while decoding"
+    parts = Table(*columns, box=None, title="Their parts", title_justify="left")
     for name in method_names():
         method = described(name)
-        methods.add_row(name, method.summary, "needed" if needs_importance(name) else "-", method.paper)
-    console.print(models, "", methods, "", f"[italic]--dtype[/] {', '.join(DTYPES)}", sep="\n")
+        methods.add_row(name, method.summary, method.paper)
+        calibrated, evicts = needs_importance(name), method.ring_over_prompt
+        words = _words(method.scorer), _words(method.allocator), "yes" if calibrated else "-", "yes" if evicts else "-"
+        parts.add_row(name, *words)
+    allocators = f"[italic]Any method but full, with other budgets[/] :allocator={'|'.join(allocator_names())}"
+    dtypes = f"[italic]--dtype[/] {', '.join(DTYPES)}"
+    console.print(models, "", methods, "", parts, "", allocators, "", dtypes, sep="\n")
+
+
+def _words(part: object) -> str:
+    """The name of a part's class as words."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(part).__name__).lower()

@@ -157,21 +157,23 @@ class Engine:
             )
 
         method, most = self.method, self.max_context
+        surplus = method.allocator.surplus(num_layers=config.num_layers, num_kv_heads=config.num_kv_heads)
         if self.budget is not None and self.budget.kind == "bytes":
-            most = shape(0).slots_within(int(self.budget.amount)) // heads - self._room
+            most = (shape(0).slots_within(int(self.budget.amount)) - surplus) // heads - self._room
         elif self.budget is not None:
             most = self._prompt_budget(self.max_context, most)
         if most < method.protected:
             least = f"{method.protected} tokens"
             if self.budget is not None and self.budget.kind == "bytes":
-                least = f"{shape(heads * (method.protected + self._room)).nbytes} bytes, or lower max_new_tokens"
+                smallest = shape(heads * (method.protected + self._room) + surplus)
+                least = f"{smallest.nbytes} bytes, or lower max_new_tokens"
             raise ValueError(
                 f"budget {self.budget} leaves {max(0, most)} tokens per KV head for {batch} row(s), but {method.name} "
                 f"always keeps {method.sinks} sinks and the last {method.recent} tokens: raise the budget to at least "
                 f"{least}"
             )
         shares = self._shares(self.max_context, most)
-        planned = shape(max(int(shares.sum()), heads * min(most, self.max_context)) + heads * self._room)
+        planned = shape(heads * (min(most, self.max_context) + self._room) + surplus)
         free = free_bytes(self._device)
         if planned.nbytes > free:
             raise ValueError(
@@ -181,7 +183,8 @@ class Engine:
         fused = self._compile is True and self._device.type == "cpu" and batch <= MOST_ROWS
         inductor = self._compile == "inductor" or (self._compile is True and not fused and self._capture is None)
         self._graphs = None  # before the new cache takes memory
-        self.cache = ArenaCache(planned, self._device, most=int(shares.max()) + self._room, compiled=inductor)
+        largest = int(method.most(shares, self.max_context)) + self._room
+        self.cache = ArenaCache(planned, self._device, most=largest, compiled=inductor)
         self._frequencies_Bd = torch.zeros(batch, config.head_dim // 2, device=self._device)
         self._most_tokens = most
         blocks = cast("list[Block]", list(self.model.blocks))

@@ -114,24 +114,50 @@ class ArenaCache:
                 setattr(part, name, tensor[:rows])
         return part
 
-    def lay_out(self, keep_BLH: Tensor, room: list[int]) -> None:
+    def lay_out(self, keep_BLH: Tensor, room: list[int], *, most_B: Tensor | None = None) -> None:
         """Give every region its place.
 
         Args:
             keep_BLH: int, on the host; prompt tokens that each KV head may keep.
             room: per row, further slots of each region, for generated tokens.
+            most_B: int, on the host; prompt tokens that any KV head of a row may come to keep once layers are shared
+                out. None if they will not be.
 
         Raises:
             ValueError: the regions need more slots than there are.
         """
-        capacity_BLH = keep_BLH + torch.tensor(room)[:, None, None]
+        room_B = torch.tensor(room)
+        capacity_BLH = keep_BLH + room_B[:, None, None]
         needed = int(capacity_BLH.sum((1, 2)).max())
         if needed > self.shape.slots:
             raise ValueError(f"the regions need {needed} slots per row, the arena has {self.shape.slots}")
         self.capacity.copy_(capacity_BLH)
         self.offset.copy_(offsets(capacity_BLH))
-        if (most := int(capacity_BLH.max())) > self.most:
+        if most_B is None:
+            most_B = keep_BLH.amax((1, 2))
+        if (most := int((most_B + room_B).max())) > self.most:
             self._grow(most)
+
+    def share_out(self, layer_1: Tensor, keep_BH: Tensor, shared_BH: Tensor) -> None:
+        """Move the borders between the regions of a layer; the layer stays where it is.
+
+        Args:
+            layer_1: (1,) int64, index of the layer.
+            keep_BH: int, prompt tokens that each KV head was laid out for.
+            shared_BH: int, those that it may keep now; of a row no more in all than before.
+
+        Example:
+            >>> shape = ArenaShape(batch=1, num_layers=1, num_kv_heads=2, head_dim=4, slots=8, dtype=torch.float32)
+            >>> cache, keep = ArenaCache(shape, "cpu"), torch.tensor([[[3, 3]]])
+            >>> cache.lay_out(keep, room=[1], most_B=torch.tensor([6]))
+            >>> cache.share_out(torch.tensor([0]), keep[:, 0], torch.tensor([[5, 1]]))
+            >>> cache.offset.tolist(), cache.capacity.tolist()
+            ([[[0, 6]]], [[[6, 2]]])
+        """
+        first_BL1 = self.offset[..., :1].index_select(1, layer_1)
+        capacity_BLH = self.capacity.index_select(1, layer_1) + (shared_BH - keep_BH)[:, None]
+        self.capacity.index_copy_(1, layer_1, capacity_BLH.int())
+        self.offset.index_copy_(1, layer_1, (first_BL1 + offsets(capacity_BLH)).int())
 
     def begin_step(self, active_B: Tensor) -> None:
         """Choose, for all layers at once, where the next token of every head goes.

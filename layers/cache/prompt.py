@@ -21,7 +21,8 @@ class PromptPass:
     Args:
         cache: the arena; laid out anew here.
         method: scores tokens and says which are protected.
-        keep_BLH: int, on the host; tokens that each KV head may keep of everything seen.
+        keep_BLH: int, on the host; tokens that each KV head may keep of everything seen. Where the method's allocator
+            shares layers out, what counts is the sum of each layer.
         room: per row, slots of each KV head for generated tokens.
         new_tokens: per row, how many of the chunk's T tokens are real; the rest is padding on the right.
 
@@ -51,12 +52,14 @@ class PromptPass:
         self._past_offset, self._past_length = cache.offset.clone(), cache.length.clone()
         self._past_pos = cache.pos.clone()
         self._past_k, self._past_v = cache.k, cache.v
-        cache.lay_out(keep_BLH, room)
-        if len(self._past_C) and not torch.equal(self._past_offset, cache.offset):
+        most_B = method.most(keep_BLH, len(self._past_C) + len(new_T))
+        self._max_keep = int(most_B.max())
+        cache.lay_out(keep_BLH, room, most_B=most_B)
+        # A layer's past is copied before anything of the layer is written, so only layers that move are in danger.
+        if len(self._past_C) and not torch.equal(self._past_offset[..., 0], cache.offset[..., 0]):
             self._past_k, self._past_v = cache.k.clone(), cache.v.clone()
         cache.pos.fill_(-1)
         self._keep_BLH = keep_BLH.to(device)
-        self._max_keep = int(keep_BLH.max())
 
         window = min(method.scorer.window, len(new_T))
         self._observer_BW = self.new_B[:, None] - window + torch.arange(window, dtype=torch.int32, device=device)
@@ -74,8 +77,12 @@ class PromptPass:
         row_B1 = torch.arange(len(self.new_B), device=q_BTND.device)[:, None]
         q_BWND = q_BTND[row_B1, self._observer_BW.clamp(min=0)]
         score_BHS = self.method.scorer(q_BWND, k_BHSD, pos_BHS, self._observer_position_BW, protected_BHS, window)
-        offset_BH = self.cache.offset.index_select(1, layer_1).squeeze(1)
+        score_BHS = score_BHS.masked_fill(protected_BHS, float("inf"))
         keep_BH = self._keep_BLH.index_select(1, layer_1).squeeze(1)
+        if (sharing := self.method.sharing) is not None:
+            laid_out_BH, keep_BH = keep_BH, sharing.share(keep_BH, score_BHS, pos_BHS >= 0)
+            self.cache.share_out(layer_1, laid_out_BH, keep_BH)
+        offset_BH = self.cache.offset.index_select(1, layer_1).squeeze(1)
         kept_BH = ragged_compact(
             self.cache.k,
             self.cache.v,
@@ -86,7 +93,7 @@ class PromptPass:
             k_BHSD,
             v_BHSD,
             pos_BHS,
-            score_BHS.masked_fill(protected_BHS, float("inf")),
+            score_BHS,
         )
         self.cache.kept.index_copy_(1, layer_1, kept_BH[:, None])
         return o_BTND

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 
 class Allocator(Protocol):
-    """Turns a mean budget into one integer per (layer, KV head), on the host, before scores are known."""
+    """Turns a mean budget into one integer per (layer, KV head), on the host, before scores are known.
+
+    That is all for most methods. A `SharingAllocator` looks at each layer's scores as well.
+    """
 
     def __call__(self, *, budget: int, prompt: int, num_layers: int, num_kv_heads: int) -> Tensor:
         """Share the budget out.
@@ -22,7 +25,33 @@ class Allocator(Protocol):
             num_kv_heads: H.
 
         Returns:
-            (L, H) int64, each between 1 and `prompt`, `min(budget, prompt) * L * H` in total.
+            (L, H) int64, each between 1 and `prompt`, `min(budget, prompt) * L * H` in total; published rounding may
+            add up to `surplus`.
+        """
+        ...
+
+    def surplus(self, *, num_layers: int, num_kv_heads: int) -> int:
+        """Tokens beyond `budget * L * H` that rounding may give out at most, whatever budget and prompt: 0 if exact."""
+        ...
+
+
+@runtime_checkable
+class SharingAllocator(Allocator, Protocol):
+    """An allocator with a second stage: on the device, it shares a layer's total out among the layer's KV heads."""
+
+    def share(self, keep_BH: Tensor, score_BHS: Tensor, filled_BHS: Tensor) -> Tensor:
+        """Share out what the first stage gave a layer.
+
+        A layer's total is fixed before, so its place in the arena is too, and no shape depends on what is decided here.
+
+        Args:
+            keep_BH: int64, what the first stage gave.
+            score_BHS: fp32, higher is kept; infinite for tokens that are kept whatever their score.
+            filled_BHS: bool, places that hold a token.
+
+        Returns:
+            (B, H) int64, each at least 1 and at most the tokens that the head has, per row at most `keep_BH.sum(1)`,
+            and as many unless there are fewer tokens.
         """
         ...
 
@@ -39,6 +68,20 @@ class Uniform:
     def __call__(self, *, budget: int, prompt: int, num_layers: int, num_kv_heads: int) -> Tensor:
         """Give every head the budget, or the prompt if that is shorter."""
         return torch.full((num_layers, num_kv_heads), min(budget, prompt))
+
+    def surplus(self, *, num_layers: int, num_kv_heads: int) -> int:
+        """None."""
+        return 0
+
+
+def uniform(*, protected: int) -> Uniform:
+    """The same for every head, whatever is protected.
+
+    Example:
+        >>> uniform(protected=4)
+        Uniform()
+    """
+    return Uniform()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -100,6 +143,131 @@ class HeadImportance:
         floor = free * (1 - 1 / self.beta)
         wanted = water_fill(floor + score * (free / self.beta * len(score)), score, prompt - self.protected)
         return (largest_remainder(wanted, free * len(score)) + self.protected).view(num_layers, num_kv_heads)
+
+    def surplus(self, *, num_layers: int, num_kv_heads: int) -> int:
+        """Half a token per head if published rounding is asked for."""
+        return num_layers * num_kv_heads // 2 if self.compat else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pyramid:
+    """PyramidKV's allocation: the same for all heads of a layer, falling from layer to layer in equal steps.
+
+    With b = budget - protected, the last layer has b/beta and the first 2b - b/beta. No layer gets more than the
+    prompt: what the first cannot use makes the slope less steep. Totals are exact (largest remainder).
+
+    Args:
+        beta: >= 1; larger is steeper, 1 is uniform.
+        protected: tokens of every head that are kept whatever their score (sinks and recent ones).
+        compat: the published code's arithmetic: b // beta, a step of whole tokens, totals only up to rounding, and
+            uniform budgets for prompts of fewer than 2b tokens.
+
+    Raises:
+        ValueError: beta is below 1.
+
+    Source:
+        Cai et al., PyramidKV, 2024.
+
+    Example:
+        >>> share = Pyramid(beta=10, protected=2)
+        >>> share(budget=12, prompt=100, num_layers=3, num_kv_heads=1).tolist()
+        [[21], [12], [3]]
+    """
+
+    beta: float
+    protected: int
+    compat: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.beta >= 1:
+            raise ValueError(f"beta must be at least 1, not {self.beta}: 1 is uniform, larger values are steeper")
+
+    def __call__(self, *, budget: int, prompt: int, num_layers: int, num_kv_heads: int) -> Tensor:
+        """Share the budget out."""
+        free, ceiling = budget - self.protected, prompt - self.protected
+        if prompt <= budget or num_layers == 1 or (self.compat and prompt < 2 * free):
+            return Uniform()(budget=budget, prompt=prompt, num_layers=num_layers, num_kv_heads=num_kv_heads)
+        last = free // self.beta if self.compat else free / self.beta
+        first = min(2 * free - last, ceiling)
+        step = (2 * first - 2 * free) / (num_layers - 1)
+        share = first - (step // 1 if self.compat else step) * torch.arange(num_layers, dtype=torch.float64)
+        keep = share.long() if self.compat else largest_remainder(share, free * num_layers)
+        return (keep + self.protected)[:, None].repeat(1, num_kv_heads)
+
+    def surplus(self, *, num_layers: int, num_kv_heads: int) -> int:
+        """What the steps' fractions come to if published rounding is asked for."""
+        return num_kv_heads * num_layers * max(0, num_layers - 2) // 2 if self.compat else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerTopK:
+    """Ada-KV's allocation: the best tokens of a layer, whichever heads they are in, and some of every head.
+
+    Every layer has the same total. With b = budget - protected, each head is given its best alpha b tokens first; what
+    is left of the layer's total goes to the best of all others. Protected tokens are kept on top. Equal scores are
+    settled by place, then by head.
+
+    Args:
+        alpha: share of the budget that no head can lose, 0 to 1; 1 is uniform.
+        protected: tokens of every head that are kept whatever their score (sinks and recent ones).
+        compat: the published code's arithmetic: the best H b tokens of the layer are counted per head first, and a head
+            with c of them keeps round((1 - alpha) c + floor(alpha b)); totals only up to rounding.
+
+    Raises:
+        ValueError: alpha is not between 0 and 1.
+
+    Source:
+        Feng et al., Ada-KV, NeurIPS 2025.
+
+    Example:
+        >>> score, filled = torch.tensor([[[9.0, 8, 7, 6], [5, 1, 1, 1]]]), torch.ones(1, 2, 4, dtype=torch.bool)
+        >>> LayerTopK(alpha=0.5, protected=0).share(torch.tensor([[2, 2]]), score, filled).tolist()
+        [[3, 1]]
+    """
+
+    alpha: float
+    protected: int
+    compat: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha must be between 0 and 1, not {self.alpha}")
+
+    def __call__(self, *, budget: int, prompt: int, num_layers: int, num_kv_heads: int) -> Tensor:
+        """Give every layer the same total: that of equal heads, and room for published rounding."""
+        keep = Uniform()(budget=budget, prompt=prompt, num_layers=num_layers, num_kv_heads=num_kv_heads)
+        if self.compat and prompt > budget:
+            keep[:, : num_kv_heads // 2] += 1
+        return keep
+
+    def surplus(self, *, num_layers: int, num_kv_heads: int) -> int:
+        """Half a token per head if published rounding is asked for."""
+        return num_layers * (num_kv_heads // 2) if self.compat else 0
+
+    def share(self, keep_BH: Tensor, score_BHS: Tensor, filled_BHS: Tensor) -> Tensor:
+        """Share a layer's total out."""
+        H, device = keep_BH.shape[1], keep_BH.device
+        budget_B1 = keep_BH[:, -1:]  # the last head's number has no room for rounding
+        free_B1 = (budget_B1 - self.protected).clamp(min=0)
+        floor_B1 = (self.alpha * free_B1.double()).floor().long()
+        protected_BH, held_BH = (score_BHS.isposinf() & filled_BHS).sum(-1), filled_BHS.sum(-1)
+        safe_BH, total_B1 = protected_BH + floor_B1, keep_BH.sum(1, keepdim=True)
+        if self.compat:
+            safe_BH, total_B1 = protected_BH, protected_BH.sum(1, keepdim=True) + free_B1 * H
+
+        # All places of the layer (X = S H), best first, and in what order each head's own are among them.
+        order_BX = score_BHS.transpose(1, 2).flatten(1).argsort(dim=1, descending=True, stable=True)
+        filled_BX = filled_BHS.transpose(1, 2).flatten(1).gather(1, order_BX)
+        mine_BHX = (order_BX[:, None] % H == torch.arange(H, device=device)[:, None]) & filled_BX[:, None]
+        safe_BHX = mine_BHX & (mine_BHX.cumsum(-1) <= safe_BH[..., None])
+        rest_BX = filled_BX & ~safe_BHX.any(1)
+        won_BX = rest_BX & (rest_BX.cumsum(-1) <= total_B1 - safe_BHX.sum((1, 2))[:, None])
+        count_BH = (safe_BHX | mine_BHX & won_BX[:, None]).sum(-1)
+        if not self.compat:
+            return count_BH
+        mixed_BH = ((1 - self.alpha) * (count_BH - protected_BH).double() + floor_B1).round().long() + protected_BH
+        fits_B1 = held_BH.sum(1, keepdim=True) <= budget_B1 * H
+        return torch.where(fits_B1, held_BH, torch.minimum(mixed_BH, held_BH))
 
 
 def water_fill(wanted: Tensor, weight: Tensor, ceiling: float) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from kernels.window_scores import window_scores
@@ -130,3 +131,41 @@ class Position:
     ) -> Tensor:
         """Score by position."""
         return pos_BHS.float()
+
+
+@dataclass(frozen=True)
+class KeyDifference:
+    """The less a key resembles the others of its head, the better.
+
+    The score is minus the cosine between a key and the anchor, the mean of the head's normalised keys. It looks at no
+    query. Keys are those that are stored, after RoPE, protected ones included.
+
+    Source:
+        Park et al., KeyDiff, 2025.
+
+    Example:
+        >>> import torch
+        >>> k = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 2.0]]).view(1, 1, 3, 2)
+        >>> pos = torch.arange(3, dtype=torch.int32).view(1, 1, 3)
+        >>> KeyDifference()(torch.empty(1, 0, 1, 2), k, pos, torch.empty(1, 0), pos < 0, None).argmax().item()
+        2
+    """
+
+    window: int = 0
+
+    def __call__(
+        self,
+        q_BWND: Tensor,
+        k_BHSD: Tensor,
+        pos_BHS: Tensor,
+        position_BW: Tensor,
+        protected_BHS: Tensor,
+        sliding: int | None,
+    ) -> Tensor:
+        """Score by difference."""
+        # Anything may be in an empty place, NaN included.
+        k_BHSD = k_BHSD.masked_fill((pos_BHS < 0)[..., None], 0)
+        unit_BHSD = torch.nn.functional.normalize(k_BHSD.float(), dim=-1)
+        # The cosine does not care whether the anchor is a mean or a sum.
+        anchor_BHD = torch.nn.functional.normalize(unit_BHSD.sum(2), dim=-1)
+        return -(unit_BHSD @ anchor_BHD[..., None]).squeeze(-1)

@@ -41,6 +41,11 @@ class Scoring:
             raise ValueError(f'rows and group must be "mean" or "max", not {self.rows!r} and {self.group!r}')
 
     @property
+    def protected(self) -> int:
+        """Tokens that every head keeps whatever their score."""
+        return self.sinks + self.recent
+
+    @property
     def scorer(self) -> WindowAttention:
         """The scorer with these settings."""
         return WindowAttention(
@@ -52,7 +57,7 @@ def published(*, window: int) -> Scoring:
     """The settings of the published LongBench runs: mean, centred max-pooling of 7, the whole window kept, no sinks.
 
     Args:
-        window: observation window; 32 for SnapKV, 8 for HeadKV.
+        window: observation window; 32 for SnapKV and Ada-KV, 8 for HeadKV and PyramidKV.
     """
     return Scoring(window=window, rows="mean", group="mean", ahead=3, behind=3, sinks=0, recent=window)
 

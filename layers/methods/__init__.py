@@ -7,12 +7,15 @@ import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor
 
+from layers.compress.allocators import uniform
 from layers.compress.scoring import Scoring
-from layers.methods.base import Method
+from layers.methods.base import Allocate, Method
 
 
 def method_names() -> list[str]:
@@ -25,34 +28,48 @@ def method_names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
 
 
+def allocator_names() -> list[str]:
+    """Names that the option `allocator` may have: that of equal budgets and those of methods with budgets of their own.
+
+    Example:
+        >>> allocator_names()
+        ['adakv', 'headkv', 'pyramidkv', 'uniform']
+    """
+    return sorted(["uniform", *(name for name in method_names() if hasattr(_module(name), "allocate"))])
+
+
 def build_method(spec: str, importance: Mapping[str, Tensor] | None = None) -> Method:
     """Make a method from its name and options.
 
     Args:
         spec: a name, or a name with options: "headkv:beta=1.1,scores=r". Options are the keyword arguments of the
-            method's `build`.
-        importance: (L, N) query-head scores by kind ("r", "r2"), for methods that need them.
+            method's `build` and `allocate`. Its scores go with the budgets of any other: "snapkv:allocator=headkv".
+        importance: (L, N) query-head scores by kind ("r", "r2"), for budgets that need them.
 
     Returns:
         The method.
 
     Raises:
-        ValueError: no such method, **or** no such option, **or** an option's value cannot be read, **or** the method
-            needs importance scores that are not given.
+        ValueError: no such method or allocator, **or** no such option, **or** an option's value cannot be read, **or**
+            the budgets need importance scores that are not given.
 
     Example:
         >>> build_method("snapkv:window=16").scorer.window
         16
+        >>> build_method("snapkv:allocator=adakv,alpha=0.5").allocator
+        LayerTopK(alpha=0.5, protected=32, compat=False)
     """
     name, _, tail = spec.partition(":")
     if name not in method_names():
         raise ValueError(f"no cache method is called {name!r}: choose from {', '.join(method_names())}")
-    module = importlib.import_module(f"{__name__}.{name}")
+    module = _module(name)
     parameters = inspect.signature(module.build).parameters
-    types = {key: str(p.annotation) for key, p in parameters.items() if key not in ("importance", "scoring")}
+    allocate = _allocate(name, tail)
+    types = _option_types(module.build)
+    allocator_types = {"allocator": "str", **_option_types(allocate)} if allocate else {}
     scoring_types = {f.name: str(f.type) for f in fields(Scoring)} if "scoring" in parameters else {}
     presets = {"preset": "str"} if scoring_types else {}
-    options = _read_options(name, tail, types | scoring_types | presets)
+    options = _read_options(name, tail, allocator_types | types | scoring_types | presets)
 
     arguments: dict[str, object] = {key: value for key, value in options.items() if key in types}
     if scoring_types:
@@ -61,23 +78,60 @@ def build_method(spec: str, importance: Mapping[str, Tensor] | None = None) -> M
             raise ValueError(f"{name} has no preset {preset!r}: choose from {', '.join(module.PRESETS)}")
         scoring = module.PRESETS[preset] if preset else parameters["scoring"].default
         arguments["scoring"] = replace(scoring, **{k: v for k, v in options.items() if k in scoring_types})
-    if "importance" in parameters:
-        arguments["importance"] = importance or {}
+    if allocate:
+        chosen = {k: v for k, v in options.items() if k in allocator_types and k != "allocator"}
+        if _takes_importance(allocate):
+            chosen["importance"] = importance or {}
+        arguments["allocator"] = partial(allocate, **chosen)
     method: Method = module.build(**arguments)
     return method
 
 
 def needs_importance(spec: str) -> bool:
-    """Whether a method's budgets need head-importance scores.
+    """Whether a method's budgets need head-importance scores; False for what is no method.
 
     Example:
-        >>> needs_importance("headkv:beta=2"), needs_importance("snapkv")
-        (True, False)
+        >>> needs_importance("headkv:beta=2"), needs_importance("snapkv"), needs_importance("snapkv:allocator=headkv")
+        (True, False, True)
     """
-    name = spec.partition(":")[0]
-    if name not in method_names():
+    name, _, tail = spec.partition(":")
+    try:
+        allocate = _allocate(name, tail) if name in method_names() else None
+    except ValueError:
         return False
-    return "importance" in inspect.signature(importlib.import_module(f"{__name__}.{name}").build).parameters
+    return allocate is not None and _takes_importance(allocate)
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def _allocate(name: str, options: str) -> Allocate | None:
+    """What makes the budgets of a method with these options; None if it takes no budgets of others.
+
+    Raises:
+        ValueError: there are no such budgets.
+    """
+    parameter = inspect.signature(_module(name).build).parameters.get("allocator")
+    chosen = dict(item.partition("=")[::2] for item in options.split(",")).get("allocator")
+    if parameter is None:
+        return None
+    if chosen is not None and chosen not in allocator_names():
+        raise ValueError(f"{name} has no allocator {chosen!r}: choose from {', '.join(allocator_names())}")
+    allocate: Allocate = parameter.default
+    if chosen is not None:
+        allocate = uniform if chosen == "uniform" else _module(chosen).allocate
+    return allocate
+
+
+def _takes_importance(allocate: Allocate) -> bool:
+    return "importance" in inspect.signature(allocate).parameters
+
+
+def _option_types(function: Callable[..., object]) -> dict[str, str]:
+    """Types of the arguments that a user may set."""
+    made_here = ("importance", "scoring", "allocator", "protected")
+    return {key: str(p.annotation) for key, p in inspect.signature(function).parameters.items() if key not in made_here}
 
 
 def _read_options(method: str, text: str, types: Mapping[str, str]) -> dict[str, Any]:

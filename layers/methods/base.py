@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from layers.compress.allocators import Allocator
+from torch import Tensor
+
+from layers.compress.allocators import Allocator, SharingAllocator
 from layers.compress.scorers import Scorer
+
+Allocate = Callable[..., Allocator]
+"""Makes an allocator, given `protected`: the tokens of every head that the method keeps whatever their score."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,3 +51,27 @@ class Method:
     def protected(self) -> int:
         """Tokens that every head keeps whatever their score: the smallest budget that makes sense."""
         return self.sinks + self.recent
+
+    @property
+    def sharing(self) -> SharingAllocator | None:
+        """The allocator, if it shares layers out once their scores are known."""
+        return self.allocator if isinstance(self.allocator, SharingAllocator) else None
+
+    def most(self, keep: Tensor, prompt: int) -> Tensor:
+        """The most tokens that any head may come to keep, known before any score is.
+
+        Args:
+            keep: (..., L, H) int on the host, what the allocator gave.
+            prompt: tokens that there are at most.
+
+        Returns:
+            (...) int.
+
+        Example:
+            >>> import torch
+            >>> from layers.methods import build_method
+            >>> keep = torch.full((2, 3), 8)
+            >>> build_method("snapkv").most(keep, 100), build_method("adakv").most(keep, 100)
+            (tensor(8), tensor(24))
+        """
+        return keep.amax((-2, -1)) if self.sharing is None else keep.sum(-1).amax(-1).clamp(max=prompt)

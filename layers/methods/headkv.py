@@ -8,33 +8,45 @@ from torch import Tensor
 
 from layers.compress.allocators import HeadImportance
 from layers.compress.scoring import TUNED, Scoring, published
-from layers.methods.base import Method
+from layers.methods.base import Allocate, Method
 
 PRESETS = {"published": published(window=8), "tuned": TUNED}
 
 
-def build(
-    *,
-    importance: Mapping[str, Tensor],
-    scores: str = "r2",
-    beta: float = 3.0,
-    compat: bool = False,
-    scoring: Scoring = PRESETS["tuned"],
-) -> Method:
-    """Budgets by head importance, tokens by the attention of the prompt's end.
+def allocate(
+    *, protected: int, importance: Mapping[str, Tensor], scores: str = "r2", beta: float = 3.0, compat: bool = False
+) -> HeadImportance:
+    """Budgets by head importance.
 
     With b = C - protected, KV head h of layer l keeps b (1 - 1/beta) + S_lh (b/beta) L H tokens, protected ones on top;
     S is the importance of its query heads, averaged over the group and normalised over the model.
 
     Args:
+        protected: tokens that every head keeps whatever their score.
         importance: (L, N) query-head scores by kind.
         scores: which kind: "r" (retrieval) or "r2" (retrieval and reasoning).
         beta: >= 1; larger shares less. The paper picks it per model and budget among 1.005 … 10.
         compat: the published code's rounding instead of exact, water-filled totals.
-        scoring: window, pooling and protection.
 
     Raises:
         ValueError: no importance of that kind is given.
+
+    Example:
+        >>> import torch
+        >>> allocate(protected=8, importance={"r2": torch.rand(2, 4)}).beta
+        3.0
+    """
+    if scores not in importance:
+        raise ValueError(f"headkv needs head importance of kind {scores!r}; at hand: {', '.join(importance) or 'none'}")
+    return HeadImportance(importance_LN=importance[scores], beta=beta, protected=protected, compat=compat)
+
+
+def build(*, allocator: Allocate = allocate, scoring: Scoring = PRESETS["tuned"]) -> Method:
+    """Budgets by head importance, tokens by the attention of the prompt's end, as SnapKV scores them.
+
+    Args:
+        allocator: budgets.
+        scoring: window, pooling and protection.
 
     Source:
         Fu et al., Not All Heads Matter: A Head-Level KV Cache Compression Method with Integrated Retrieval and
@@ -42,19 +54,16 @@ def build(
 
     Example:
         >>> import torch
-        >>> build(importance={"r2": torch.rand(2, 4)}).name
+        >>> from functools import partial
+        >>> build(allocator=partial(allocate, importance={"r2": torch.rand(2, 4)})).name
         'headkv'
     """
-    if scores not in importance:
-        raise ValueError(f"headkv needs head importance of kind {scores!r}; at hand: {', '.join(importance) or 'none'}")
     return Method(
         name="headkv",
         paper="HeadKV-R2, arXiv 2410.19258",
         summary="as snapkv, with more budget for the heads that retrieve",
         scorer=scoring.scorer,
-        allocator=HeadImportance(
-            importance_LN=importance[scores], beta=beta, protected=scoring.sinks + scoring.recent, compat=compat
-        ),
+        allocator=allocator(protected=scoring.protected),
         sinks=scoring.sinks,
         recent=scoring.recent,
     )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from layers.compress.allocators import Uniform
+from layers.compress.allocators import uniform
 from layers.compress.scoring import TUNED, Scoring, published
-from layers.methods.base import Method
+from layers.methods.base import Allocate, Method
 
 PRESETS = {"published": published(window=32), "tuned": TUNED}
 
 
-def build(*, scoring: Scoring = PRESETS["published"]) -> Method:
+def build(*, allocator: Allocate = uniform, scoring: Scoring = PRESETS["published"]) -> Method:
     """Keep the C best-scored tokens of every KV head.
 
     Scores are a_j = mean over the window's rows i of softmax(q_i k_j / sqrt(D)), averaged over the query heads of a
@@ -17,6 +17,7 @@ def build(*, scoring: Scoring = PRESETS["published"]) -> Method:
     which stores G times less.
 
     Args:
+        allocator: budgets.
         scoring: window, pooling and protection.
 
     Source:
@@ -29,9 +30,9 @@ def build(*, scoring: Scoring = PRESETS["published"]) -> Method:
     return Method(
         name="snapkv",
         paper="SnapKV, arXiv 2404.14469",
-        summary="tokens that the end of the prompt attends to; the same budget for every head",
+        summary="what the end of the prompt attends to; equal budgets",
         scorer=scoring.scorer,
-        allocator=Uniform(),
+        allocator=allocator(protected=scoring.protected),
         sinks=scoring.sinks,
         recent=scoring.recent,
     )

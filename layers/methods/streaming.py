@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from layers.compress.allocators import Uniform
+from layers.compress.allocators import uniform
 from layers.compress.scorers import Position
-from layers.methods.base import Method
+from layers.methods.base import Allocate, Method
 
 
-def build(*, sinks: int = 4) -> Method:
+def build(*, allocator: Allocate = uniform, sinks: int = 4) -> Method:
     """Keep the first `sinks` tokens and the most recent ones; a token j is kept iff j < sinks or j >= n - (C - sinks).
 
     Positions are absolute here: the published code re-numbers kept tokens so that it can run past the trained context.
 
     Args:
+        allocator: budgets.
         sinks: first tokens kept, >= 0; 4 as published.
 
     Source:
@@ -27,7 +28,7 @@ def build(*, sinks: int = 4) -> Method:
         paper="StreamingLLM, arXiv 2309.17453",
         summary="first tokens and recent tokens",
         scorer=Position(),
-        allocator=Uniform(),
+        allocator=allocator(protected=sinks + 1),
         sinks=sinks,
         ring_over_prompt=True,
     )

@@ -1,0 +1,360 @@
+"""Every method against a naive loop over its paper's formulas: what each head keeps and what it then answers.
+
+The loops below know lists, Python's floats and the published numbers, and none of our parts. A conversation of random
+queries, keys and values runs through a prompt, 50 steps and a second turn.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from layers.cache.arena import ArenaCache
+from layers.cache.prompt import PromptPass
+from layers.methods import build_method, method_names
+from layers.plan import ArenaShape
+
+L, H, D, STEPS, ROOM = 4, 2, 4, 50, 7
+TUNED = {"window": 32, "rows": max, "group": max, "ahead": 12, "behind": 0, "sinks": 4, "recent": 4}
+
+
+def mean(numbers):
+    return sum(numbers) / len(numbers)
+
+
+def published(window):
+    return {"window": window, "rows": mean, "group": mean, "ahead": 3, "behind": 3, "sinks": 0, "recent": window}
+
+
+# -- the formulas ------------------------------------------------------------------------------------------------------
+
+
+def dot(a, b):
+    return sum(x * y for x, y in zip(a, b, strict=True))
+
+
+def attention(q, keys):
+    """softmax(q k / sqrt(d)) over a list of keys."""
+    logits = [dot(q, key) / math.sqrt(D) for key in keys]
+    powers = [math.exp(x - max(logits)) for x in logits]
+    return [x / sum(powers) for x in powers]
+
+
+def answer(q, keys, values):
+    weights = attention(q, keys)
+    return [sum(w * value[d] for w, value in zip(weights, values, strict=True)) for d in range(D)]
+
+
+def window_scores(turn, h, setting, protected):
+    """SnapKV, section 4: what the last queries attend to, averaged and max-pooled, as a number per candidate."""
+    places = turn.candidates[h]
+    rows = range(max(turn.first, turn.end - setting["window"]), turn.end)
+    of_heads = []
+    for head in range(h * turn.G, (h + 1) * turn.G):
+        seen = [[j for j in places if j <= i] for i in rows]
+        weights = [attention(turn.q[i][head], [turn.k[j][h] for j in js]) for i, js in zip(rows, seen, strict=True)]
+        weights = [w + [0.0] * (len(places) - len(w)) for w in weights]
+        of_heads.append([setting["rows"]([w[c] for w in weights]) for c in range(len(places))])
+    votes = [setting["group"]([of_head[c] for of_head in of_heads]) for c in range(len(places))]
+    votes = [0.0 if j in protected else vote for j, vote in zip(places, votes, strict=True)]
+    return [max(votes[max(0, c - setting["ahead"]) : c + setting["behind"] + 1]) for c in range(len(places))]
+
+
+def keydiff_scores(turn, h):
+    """KeyDiff: minus the cosine between a key and the mean of the normalised keys."""
+    unit = [[x / math.sqrt(dot(k, k)) for x in k] for k in (turn.k[j][h] for j in turn.candidates[h])]
+    anchor = [mean([k[d] for k in unit]) for d in range(D)]
+    return [-dot(k, anchor) / math.sqrt(dot(anchor, anchor)) for k in unit]
+
+
+def rounded(shares, total):
+    """Largest remainder; the earlier one among equals."""
+    whole = [math.floor(x + 1e-9) for x in shares]
+    order = sorted(range(len(shares)), key=lambda i: (-round(shares[i] - whole[i], 9), i))
+    return [n + (i in order[: total - sum(whole)]) for i, n in enumerate(whole)]
+
+
+def uniform(seen, budget, protected, importance):
+    return [[min(budget, seen)] * H for _ in range(L)]
+
+
+def headkv(beta):
+    """HeadKV, equation 4, capped at the prompt; what a head cannot use goes to the others by their scores."""
+
+    def budgets(seen, budget, protected, importance):
+        if seen <= budget:
+            return uniform(seen, budget, protected, importance)
+        G = len(importance[0]) // H
+        score = [mean(importance[layer][h * G : (h + 1) * G]) for layer in range(L) for h in range(H)]
+        score = [x / sum(score) for x in score]
+        b = budget - protected
+        share = [b * (1 - 1 / beta) + x * (b / beta) * L * H for x in score]
+        while (excess := sum(max(0.0, x - (seen - protected)) for x in share)) > 1e-12:
+            share = [min(x, seen - protected) for x in share]
+            weight = sum(s for s, x in zip(score, share, strict=True) if x < seen - protected)
+            share = [x + excess * s / weight if x < seen - protected else x for s, x in zip(score, share, strict=True)]
+        exact = rounded(share, b * L * H)
+        return [[exact[layer * H + h] + protected for h in range(H)] for layer in range(L)]
+
+    return budgets
+
+
+def pyramidkv(seen, budget, protected, importance):
+    """PyramidKV: layers fall from 2b - b/beta to b/beta in equal steps, beta = 20."""
+    if seen <= budget:
+        return uniform(seen, budget, protected, importance)
+    b = budget - protected
+    top = min(2 * b - b / 20, seen - protected)
+    step = (top - (2 * b - top)) / (L - 1)
+    exact = rounded([top - layer * step for layer in range(L)], b * L)
+    return [[n + protected] * H for n in exact]
+
+
+def pyramidkv_code(seen, budget, protected, importance):
+    """The published code: whole numbers only, uniform for prompts of less than two budgets."""
+    b = budget - protected
+    if seen < 2 * b or seen <= budget:
+        return uniform(seen, budget, protected, importance)
+    least = b // 20
+    most = 2 * b - least
+    if most >= seen - protected:
+        most = seen - protected
+        least = 2 * b - most
+    step = (most - least) // (L - 1)
+    return [[most - layer * step + protected] * H for layer in range(L)]
+
+
+def best(scores, places, protected, count):
+    """The protected ones, then the best; the earlier one among equals."""
+    order = sorted(range(len(places)), key=lambda c: (places[c] not in protected, -scores[c], c))
+    return sorted(places[c] for c in order[:count])
+
+
+def per_head(turn, layer_budgets, scores, protected, budget):
+    return [best(scores[h], turn.candidates[h], protected, layer_budgets[h]) for h in range(H)]
+
+
+def flat(alpha=0.2):
+    """Ada-KV, safeguard first: each head's best alpha b, then the best of all heads together."""
+
+    def choose(turn, layer_budgets, scores, protected, budget):
+        b = max(0, layer_budgets[0] - budget["protected"])
+        kept = [
+            best(s, places, protected, sum(j in protected for j in places) + math.floor(alpha * b))
+            for s, places in zip(scores, turn.candidates, strict=True)
+        ]
+        rest = [
+            (-scores[h][c], c - len(turn.candidates[h]), h, j)
+            for h in range(H)
+            for c, j in enumerate(turn.candidates[h])
+            if j not in kept[h]
+        ]
+        for _, _, h, j in sorted(rest)[: sum(layer_budgets) - sum(map(len, kept))]:
+            kept[h].append(j)
+        return [sorted(head) for head in kept]
+
+    return choose
+
+
+def flat_code(alpha):
+    """The published code: winners of a plain flat top-k, mixed with the floor, rounded; no safeguard before."""
+
+    def choose(turn, layer_budgets, scores, protected, budget):
+        C = min(budget["tokens"], turn.end)
+        if sum(map(len, turn.candidates)) <= H * C:
+            return [list(places) for places in turn.candidates]
+        b = C - budget["protected"]
+        free = [
+            (-scores[h][c], c - len(turn.candidates[h]), h)
+            for h in range(H)
+            for c, j in enumerate(turn.candidates[h])
+            if j not in protected
+        ]
+        winners = [h for _, _, h in sorted(free)[: H * b]]
+        kept = []
+        for h, places in enumerate(turn.candidates):
+            count = round((1 - alpha) * winners.count(h) + math.floor(alpha * b))
+            kept.append(best(scores[h], places, protected, count + sum(j in protected for j in places)))
+        return kept
+
+    return choose
+
+
+def window(setting, budgets=uniform, choose=per_head):
+    return {"scores": setting, "budgets": budgets, "choose": choose, "ring": False}
+
+
+ORACLES = {
+    "full": {"scores": "position", "sinks": 0, "recent": 1, "budgets": uniform, "choose": per_head, "ring": False},
+    "streaming": {"scores": "position", "sinks": 4, "recent": 1, "budgets": uniform, "choose": per_head, "ring": True},
+    "snapkv": window(published(32)),
+    "snapkv:preset=tuned": window(TUNED),
+    "headkv": window(TUNED, headkv(3.0)),
+    "headkv:preset=published,beta=1.01": window(published(8), headkv(1.01)),
+    "adakv": window(published(32), choose=flat()),
+    "adakv:preset=tuned": window(TUNED, choose=flat()),
+    "adakv:preset=tuned,alpha=0.5": window(TUNED, choose=flat(0.5)),
+    "adakv:preset=tuned,compat=true": window(TUNED, choose=flat_code(0.2)),
+    "adakv:preset=tuned,compat=true,alpha=0.5": window(TUNED, choose=flat_code(0.5)),
+    "pyramidkv": window(published(8), pyramidkv),
+    "pyramidkv:preset=tuned": window(TUNED, pyramidkv),
+    "pyramidkv:compat=true": window(published(8), pyramidkv_code),
+    "keydiff": {"scores": "keydiff", "sinks": 0, "recent": 1, "budgets": uniform, "choose": per_head, "ring": False},
+    "snapkv:preset=tuned,allocator=headkv,beta=1.01": window(TUNED, headkv(1.01)),
+    "headkv:allocator=uniform": window(TUNED),
+    "keydiff:allocator=adakv": {
+        "scores": "keydiff",
+        "sinks": 0,
+        "recent": 1,
+        "budgets": uniform,
+        "choose": flat(),
+        "ring": False,
+    },
+}
+
+
+# -- a conversation ----------------------------------------------------------------------------------------------------
+
+
+class Turn:
+    """A layer of one row: new tokens from `first` to `end`, and what each head has of the past."""
+
+    def __init__(self, q, k, held, first, end):
+        self.q, self.k, self.first, self.end, self.G = q, k, first, end, len(q[0]) // H
+        self.candidates = [[*sorted(head), *range(first, end)] for head in held]
+
+    def keep(self, oracle, layer, budget, importance):
+        setting = oracle["scores"] if isinstance(oracle["scores"], dict) else oracle
+        sinks, recent = setting["sinks"], setting["recent"]
+        protected = {*range(sinks), *range(self.end - recent, self.end)}
+        if oracle["scores"] == "position":
+            scores = [[float(j) for j in places] for places in self.candidates]
+        elif oracle["scores"] == "keydiff":
+            scores = [keydiff_scores(self, h) for h in range(H)]
+        else:
+            scores = [window_scores(self, h, setting, protected) for h in range(H)]
+        budgets = oracle["budgets"](self.end, budget, sinks + recent, importance)[layer]
+        numbers = {"tokens": budget, "protected": sinks + recent}
+        return oracle["choose"](self, budgets, scores, protected, numbers)
+
+
+class Loop:
+    """What a conversation's rows hold, position by position, and what they answer."""
+
+    def __init__(self, oracle, q, k, v, budget, room, importance):
+        self.oracle, self.budget, self.room, self.importance = oracle, budget, room, importance
+        self.q, self.k, self.v = ([row.tolist() for row in x.double()] for x in (q, k, v))  # [layer][row][t][head][d]
+        self.rows = range(q.shape[1])
+        self.held = [[[[] for _ in range(H)] for _ in self.rows] for _ in range(L)]
+        self.seen = [0 for _ in self.rows]
+
+    def take_in(self, lengths):
+        for row in self.rows:
+            first, end = self.seen[row], self.seen[row] + lengths[row]
+            for layer in range(L):
+                turn = Turn(self.q[layer][row], self.k[layer][row], self.held[layer][row], first, end)
+                self.held[layer][row] = turn.keep(self.oracle, layer, self.budget, self.importance)
+            self.seen[row] = end
+        self.kept = [[[list(head) for head in row] for row in layer] for layer in self.held]
+        self.generated = 0
+
+    def store(self):
+        """A generated token; beyond the room, the oldest generated one goes, or the oldest that is no sink."""
+        self.generated += 1
+        for layer in range(L):
+            for row in self.rows:
+                for held, kept in zip(self.held[layer][row], self.kept[layer][row], strict=True):
+                    if self.generated > self.room:
+                        sinks = self.oracle.get("sinks")
+                        may_go = [j for j in held if (j >= sinks if self.oracle["ring"] else j not in kept)]
+                        held.remove(min(may_go))
+                    held.append(self.seen[row])
+        self.seen = [n + 1 for n in self.seen]
+
+    def answer(self, layer, row, head):
+        """Of the last query, from all that the head holds."""
+        h = head // (len(self.q[layer][row][0]) // H)
+        held = self.held[layer][row][h]
+        q, k, v = self.q[layer][row][self.seen[row] - 1][head], self.k[layer][row], self.v[layer][row]
+        return answer(q, [k[j][h] for j in held], [v[j][h] for j in held])
+
+
+def held_by(cache, row, layer, h):
+    start, length = int(cache.offset[row, layer, h]), int(cache.length[row, layer, h])
+    return cache.pos[row, start : start + length].tolist()
+
+
+def take_in(cache, method, tensors, seen, lengths, budget, room):
+    """One turn through our parts; returns the outputs of every layer."""
+    keep_BLH = torch.stack(
+        [
+            method.allocator(budget=budget, prompt=n + new, num_layers=L, num_kv_heads=H)
+            for n, new in zip(seen, lengths, strict=True)
+        ]
+    )
+    chunk = PromptPass(cache, method, keep_BLH=keep_BLH, room=[room] * len(seen), new_tokens=lengths)
+    most = max(lengths)
+    out = []
+    for layer in range(L):
+        q, k, v = (torch.stack([x[layer, row, n : n + most] for row, n in enumerate(seen)]) for x in tensors)
+        out.append(chunk.attend(torch.tensor([layer]), q, k, v, None))
+    chunk.finish()
+    return out
+
+
+@pytest.mark.parametrize("lengths", [[80], [80, 45, 11]], ids=["alone", "ragged"])
+@pytest.mark.parametrize("G", [1, 4])
+@pytest.mark.parametrize("spec", ORACLES)
+def test_a_method_is_its_papers_formulas(spec, G, lengths):
+    torch.manual_seed(len(spec) + G)
+    B, more, total = len(lengths), [30, 12, 3][: len(lengths)], 300
+    q, k, v = (torch.randn(L, B, total, heads, D) for heads in (G * H, H, H))
+    importance = torch.rand(L, G * H) ** 3
+    budget, room = (1000, 2 * STEPS) if spec == "full" else (40, ROOM)
+    method = build_method(spec, {"r": importance, "r2": importance})
+    slots = (200 + room) * L * H if spec == "full" else (budget + room) * L * H + 10  # what published rounding adds
+    shape = ArenaShape(batch=B, num_layers=L, num_kv_heads=H, head_dim=D, slots=slots, dtype=torch.float32)
+    cache = ArenaCache(shape, "cpu")
+    loop = Loop(ORACLES[spec], q, k, v, budget, room, importance.double().tolist())
+
+    def compare(when):
+        for layer in range(L):
+            for row in range(B):
+                for h in range(H):
+                    got, want = held_by(cache, row, layer, h), loop.held[layer][row][h]
+                    assert sorted(got) == sorted(want), f"{when}: layer {layer}, row {row}, head {h}"
+
+    for turn, new in enumerate((lengths, more)):
+        outputs = take_in(cache, method, (q, k, v), loop.seen, new, budget, room)
+        before = [[[list(head) for head in row] for row in layer] for layer in loop.held]
+        loop.take_in(new)
+        compare(f"turn {turn}")
+        for layer in range(L):
+            for row, n in enumerate(new):
+                for head in range(G * H):  # the last new token attends to all of the past and of the turn
+                    held = [*before[layer][row][head // G], *range(loop.seen[row] - n, loop.seen[row])]
+                    keys, values = ([x[layer][row][j][head // G] for j in held] for x in (loop.k, loop.v))
+                    want = answer(loop.q[layer][row][loop.seen[row] - 1][head], keys, values)
+                    assert outputs[layer][row, n - 1, head].tolist() == pytest.approx(want, abs=1e-5)
+        if turn == 1:
+            break
+        for step in range(STEPS):
+            cache.begin_step(torch.ones(B, dtype=torch.bool))
+            here = [(row, loop.seen[row]) for row in range(B)]
+            loop.store()
+            for layer in range(L):
+                now = [torch.stack([x[layer, row, at] for row, at in here])[:, None] for x in (q, k, v)]
+                out = cache.attend(torch.tensor([layer]), *now, None)
+                if step in (0, ROOM, STEPS - 1):  # room left, the first that makes place, the last
+                    for row in range(B):
+                        for head in range(G * H):
+                            want = loop.answer(layer, row, head)
+                            assert out[row, 0, head].tolist() == pytest.approx(want, abs=1e-5)
+            cache.end_step()
+        compare("after 50 steps")
+
+
+def test_every_method_has_an_oracle():
+    assert {spec.partition(":")[0] for spec in ORACLES} == set(method_names())
