@@ -7,6 +7,9 @@ from torch import Tensor, nn
 
 from kernels.few_rows_linear import MOST_ROWS, few_rows_linear, reference
 
+_FEW_OF_INT8 = 64
+"""Rows from which on it pays to make floats of all int8 weights for a BLAS product."""
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
     """Multiply by a weight matrix and add a bias if there is one.
@@ -26,7 +29,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor 
         >>> linear(torch.tensor([[3.0, 4.0]]), torch.ones(1, 2))
         tensor([[7.]])
     """
-    if x.numel() <= MOST_ROWS * x.shape[-1] and x.device.type == "cpu" and not torch.is_grad_enabled():
+    few = MOST_ROWS if scale is None else _FEW_OF_INT8
+    if x.numel() <= few * x.shape[-1] and x.device.type == "cpu" and not torch.is_grad_enabled():
         return few_rows_linear(x, weight, bias, scale)
     return reference(x, weight, bias, scale)
 

@@ -19,7 +19,9 @@ import itertools
 import json
 import os
 import shlex
+import signal
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -337,6 +339,14 @@ def _is_there(name: str) -> bool:
     peer = PEERS[name]
     if not peer.is_installed():
         cli.note(f"{name} is not installed and left out: pip install -e '.[{peer.extra}]'")
+        return False
+    # In a process of its own: a program built for another processor does not raise, it ends the process.
+    tried = subprocess.run([sys.executable, "-c", f"import {peer.module}"], capture_output=True)
+    if tried.returncode < 0:
+        cli.note(
+            f"{name} is left out: importing {peer.module} ends Python by {signal.Signals(-tried.returncode).name}; "
+            "install it anew, for this machine"
+        )
         return False
     return True
 

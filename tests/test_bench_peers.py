@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from dataclasses import replace
@@ -188,6 +189,18 @@ def test_absent_peers_are_named_and_left_out(
     status, rows = run("--peers", "llama.cpp", "twin")
     assert status == 0 and {row["contender"] for row in rows} == {"ours", "twin"}
     assert capsys.readouterr().err == "llama.cpp is not installed and left out: pip install -e '.[llama-cpp]'\n"
+
+
+def test_a_peer_that_ends_the_process_is_left_out(
+    run: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "aborting.py").write_text("import os\nos.abort()\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setattr(Peer, "is_installed", lambda peer: True)
+    monkeypatch.setitem(PEERS, "aborting", Peer(module="aborting", extra="none", make=Twin))
+    status, rows = run("--peers", "aborting", "twin")
+    assert status == 0 and {row["contender"] for row in rows} == {"ours", "twin"}
+    assert capsys.readouterr().err.startswith("aborting is left out: importing aborting ends Python by SIGABRT")
 
 
 def test_a_broken_peer_costs_only_its_own_results(run: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -159,6 +159,8 @@ def test_bars_take_the_worst_of_large_cases():
     assert found["ragged_over_uniform"] == {"worst": 1.04, "limit": 1.05, "met": True}
     assert found["ragged_over_oracle"]["worst"] == pytest.approx(1.1556, abs=1e-4)
     assert not found["ragged_over_oracle"]["met"]
+    assert found["peak_share"]["met"] is None
+    assert bars(rows, peak_gbps=2.0)["peak_share"] == {"worst": 0.5, "limit": 0.7, "met": False}
 
 
 @torch.inference_mode()  # as in the command
@@ -223,7 +225,7 @@ def test_the_report_ends_with_everything_in_one_line(capsys):
     ]
     tests = {"passed": 5, "failed": 1, "error": 0, "skipped": 2, "names": ["a::b"], "finished": False, "seconds": 240.0}
     report = {"machine": {"device": "a GPU", "torch": "2"}, "tests": tests, "graphs": [graph | rates], "timings": rows}
-    report |= {"bandwidth_gbps": 3000.0, "bars": bars(rows)}
+    report |= {"bandwidth_gbps": 3000.0, "data_sheet_gbps": 3350.0, "bars": bars(rows, 3350.0)}
     gpu_check.show(report)
     out = capsys.readouterr().out
     assert json.loads(out.splitlines()[-1]) == report

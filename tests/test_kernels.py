@@ -325,6 +325,8 @@ def test_numbers_that_do_not_fit_are_refused():
 
 
 WITHOUT_TRITON = """
+import contextlib
+import io
 import sys
 
 class NotThere:
@@ -334,6 +336,7 @@ class NotThere:
 
 sys.meta_path.insert(0, NotThere())
 import torch
+from kernels import aot
 from kernels.registry import all_kernels
 from tests.test_engine import make_loaded, tokens
 from zoo.engine import Engine
@@ -351,6 +354,10 @@ for kernel in all_kernels().values():
 engine = Engine(make_loaded(), cache="snapkv:window=4,recent=4", budget=24, max_new_tokens=4, max_context=100)
 engine.prefill(tokens(60))
 assert engine.step([1]).isfinite().all()
+errors = io.StringIO()
+with contextlib.redirect_stderr(errors):
+    assert aot.main([]) == 2
+assert "Triton is not installed" in errors.getvalue(), errors.getvalue()
 assert "triton" not in sys.modules
 print(len(all_kernels()), "operators")
 """

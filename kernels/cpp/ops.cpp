@@ -58,6 +58,7 @@ Tensor few_rows_linear(Tensor x, Tensor weight, Maybe bias, Maybe scale) {
 
 Tensor rms_norm(Tensor x, Tensor weight, double eps) {
   x = packed(x);
+  STD_TORCH_CHECK(x.dim() > 0 && x.size(-1) > 0, "rows must have at least 1 number");
   check_row(weight, x.size(-1), x.scalar_type(), "the norm's weight");
   Tensor y = allocated({x.sizes().begin(), x.sizes().end()}, x);
   for_type(x, [&](auto zero) {
@@ -69,6 +70,7 @@ Tensor rms_norm(Tensor x, Tensor weight, double eps) {
 
 std::tuple<Tensor, Tensor> add_rms_norm(Tensor x, Tensor residual, Tensor weight, double eps) {
   x = packed(x), residual = packed(residual);
+  STD_TORCH_CHECK(x.dim() > 0 && x.size(-1) > 0, "rows must have at least 1 number");
   check_row(weight, x.size(-1), x.scalar_type(), "the norm's weight");
   STD_TORCH_CHECK(residual.numel() == x.numel() && residual.scalar_type() == x.scalar_type(),
                   "the residual must have x's shape and dtype");
@@ -318,6 +320,7 @@ Tensor decode_blocks_op(Tensor x_BTE, Tensor cos_BTd, Tensor sin_BTd, std::vecto
   STD_TORCH_CHECK(x_BTE.dim() == 3 && x_BTE.size(1) == 1 && slot_BLH.dim() == 3, "x must be (B, 1, E)");
   const int64_t B = x_BTE.size(0), E = x_BTE.size(2), D = k_arena.size(2), H = slot_BLH.size(2);
   const int64_t count = windows.size();
+  STD_TORCH_CHECK(D > 0 && H > 0, "there must be heads, and numbers in them");
   check_table(active_B, {slot_BLH.size(0)}, ScalarType::Bool, "active_B");
   check_table(layer_1, {1}, ScalarType::Long, "layer_1");
   for (const Tensor& table : {cos_BTd, sin_BTd})

@@ -28,8 +28,10 @@ Tensor window_scores_op(Tensor q_BWND, Tensor k_BHSD, Tensor pos_BHS, Tensor pos
   check_sizes(position_BW, {B, W}, ScalarType::Int, "position");
   check_sizes(protected_BHS, {B, H, S}, ScalarType::Bool, "protected");
   STD_TORCH_CHECK(H > 0 && N % H == 0, "q must have a multiple of k's heads");
+  STD_TORCH_CHECK(ahead >= 0 && behind >= 0 && window >= 0, "ahead, behind and window must not be negative");
   q_BWND = side_by_side(q_BWND), k_BHSD = side_by_side(k_BHSD), position_BW = packed(position_BW);
-  const Observation observation{B, H, N / H, W, S, D, rows_max, group_max, ahead, behind, window};
+  const Observation observation{B, H, N / H, W, S, D, rows_max, group_max, ahead, behind,
+                                std::min<int64_t>(window, INT32_MAX)};
   Tensor score = allocated({B, H, S}, aoti_torch_dtype_float32());
   for_type(q_BWND, [&](auto zero) {
     using T = decltype(zero);

@@ -10,8 +10,8 @@ constexpr int kLanes = 16;
 constexpr int64_t kPrefetch = 4096;  // bytes ahead of a stream: hides the memory's latency on the machines tried
 
 typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t Ints __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint32_t Words __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(64), aligned(1), may_alias));  // as rows of bf16 and int8 may begin
+typedef uint32_t Words __attribute__((vector_size(64), aligned(1), may_alias));
 typedef uint16_t Shorts __attribute__((vector_size(32), aligned(2), may_alias));
 typedef _Float16 Halves __attribute__((vector_size(32), aligned(2), may_alias));
 
