@@ -134,7 +134,8 @@ def check_inside(first: Tensor, count: Tensor | int, slots: int) -> None:
         IndexError: slots from -1 on are outside the arena of 4 slots
     """
     if first.device.type == "cpu":
-        outside = ((first < 0) | (first + count > slots)) & torch.as_tensor(count != 0)
+        count = torch.as_tensor(count)
+        outside = ((first < 0) | (first + count > slots)) & (count != 0) | (count < 0)
         if bool(outside.any()):
             raise IndexError(f"slots from {int(first[outside][0])} on are outside the arena of {slots} slots")
 

@@ -23,7 +23,7 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale
     CPU this is C++ (`kernels/cpp/linear.cpp`), which sums in fp32 and gives a row the same bits alone and among others.
 
     Args:
-        x: (..., K); more rows than 8 are right too, but slow.
+        x: (..., K); with many more rows than 8 BLAS is faster.
         weight: (N, K) in x's dtype, **or** int8 with a scale.
         bias: (N,) in x's dtype, or None.
         scale: (N,) fp32, what one unit of each row of an int8 weight is worth, or None.

@@ -79,6 +79,7 @@ def reference(
     """What `ragged_append` computes: rows that are not active write back what is there."""
     slot_BTH = slot_BLHT.index_select(1, layer_1).squeeze(1).transpose(1, 2).long()
     check_inside(slot_BTH, active_B[:, None, None].int(), k_arena.shape[1])
+    slot_BTH = slot_BTH.where(active_B[:, None, None], 0)  # of a row that is not active, anything may stand there
     B, T, _ = slot_BTH.shape
     row_B11 = torch.arange(B, device=slot_BTH.device)[:, None, None]
     position_BT = position_B[:, None] + torch.arange(T, dtype=torch.int32, device=pos.device)

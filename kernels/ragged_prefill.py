@@ -172,8 +172,8 @@ def _is_plain(pos_BHS: Tensor, position_BT: Tensor) -> bool:
     filled_BHS = pos_BHS >= 0
     in_place = (pos_BHS == position_BT[:, None]) | ~filled_BHS
     at_end = filled_BHS[..., 1:] <= filled_BHS[..., :-1]
-    in_order = position_BT[:, 1:] > position_BT[:, :-1]
-    return bool(in_place.all() and at_end.all() and in_order.all())
+    one_by_one = position_BT[:, 1:] - position_BT[:, :-1] == 1
+    return bool(in_place.all() and at_end.all() and one_by_one.all())
 
 
 @jit
@@ -301,6 +301,7 @@ def cases() -> Iterator[Case]:
     yield Case(name="G=3, sliding past", make=partial(_arguments, T=20, past=300, G=3, D=16, window=50))
     yield Case(name="past of 2100", make=partial(_arguments, T=9, past=2100, G=1, D=16, window=1500))
     yield Case(name="no past, holes", make=partial(_arguments, T=40, past=0, D=16, holes=True))
+    yield Case(name="no past, gaps", make=partial(_arguments, T=9, past=0, D=16, window=12, gap=3))
     yield Case(name="no past, queries that see nothing", make=partial(_arguments, T=9, past=0, D=16, apart=100))
     yield Case(name="queries that see nothing", make=partial(_arguments, T=70, past=90, H=1, apart=100, lse=True))
 
@@ -317,12 +318,13 @@ def _arguments(
     window: int = 0,
     apart: int = 0,
     holes: bool = False,
+    gap: int = 1,
     lse: bool = False,
 ) -> Arguments:
     """The first KV head's past is full, others are ragged, the last row's last one empty; empty places hold NaN.
 
     With `apart`, all keys are that much newer. With a past, the last fifth of the last row's queries is padding. With
-    `holes`, every third key after the first is missing.
+    `holes`, every third key after the first is missing; positions are `gap` apart.
     """
     S = past + T
     pos = torch.arange(S, dtype=torch.int32).expand(B, H, S).clone()
@@ -338,6 +340,7 @@ def _arguments(
     for x in (k, v):
         x[pos < 0] = float("nan")
     position = torch.arange(past, S, dtype=torch.int32).expand(B, T)
+    pos, position = pos.where(pos < 0, gap * pos), gap * position
     return random(B, T, H * G, D, dtype=dtype), k, v, pos, position, window, lse
 
 

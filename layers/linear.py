@@ -14,7 +14,8 @@ _FEW_OF_INT8 = 64
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
     """Multiply by a weight matrix and add a bias if there is one.
 
-    On a CPU and outside autograd, up to 8 rows go through `kernels.few_rows_linear`, more through BLAS.
+    On a CPU and outside autograd, up to 8 rows (64 with an int8 weight) go through `kernels.few_rows_linear`, more
+    through BLAS.
 
     Args:
         x: (..., in).

@@ -641,8 +641,8 @@ def _main(argv: Sequence[str]) -> None:
                     cases(), device, torch.bfloat16, timer, bandwidth=bandwidth, deadline=deadline, tick=tick
                 ):
                     report["timings"].append(row)
-                device_name = torch.cuda.get_device_name(device)
-                peak = next((gpu.bytes_per_s / 1e9 for name, gpu in GPUS.items() if name in device_name), None)
+                found = (gpu.bytes_per_s / 1e9 for name, gpu in GPUS.items() if name in report["machine"]["device"])
+                peak = next(found, None)
                 report |= {"data_sheet_gbps": peak, "bars": bars(report["timings"], peak)}
         finally:
             report["seconds"] = time.monotonic() - started
