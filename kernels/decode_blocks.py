@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels import few_rows_linear, ragged_append, ragged_decode
 from kernels.checks import INTEGERS, check, check_arena
-from kernels.registry import Arguments, Case, Kernel, Workload, register
+from kernels.registry import Arguments, Case, Workload, register
 from kernels.rms_norm import rms_norm
 from kernels.rope import apply_rope
 from kernels.silu_mul import silu_mul
@@ -287,19 +287,8 @@ def sized(work: Workload) -> Arguments:
 
 
 KERNEL = register(
-    Kernel(
-        name="decode_blocks",
-        schema=(
-            "(Tensor x_BTE, Tensor cos_BTd, Tensor sin_BTd, Tensor?[] weights, float eps, float qk_eps, int[] windows, "
-            "Tensor(a!) k_arena, Tensor(b!) v_arena, Tensor(c!) pos, Tensor slot_BLH, Tensor offset_BLH, "
-            "Tensor length_BLH, Tensor layer_1, Tensor position_B, Tensor active_B) -> Tensor"
-        ),
-        reference=reference,
-        fake=fake,
-        launch=None,
-        cases=cases,
-        bytes_moved=bytes_moved,
-        flops=flops,
-        sized=sized,
-    )
+    __name__,
+    "(Tensor x_BTE, Tensor cos_BTd, Tensor sin_BTd, Tensor?[] weights, float eps, float qk_eps, int[] windows, "
+    "Tensor(a!) k_arena, Tensor(b!) v_arena, Tensor(c!) pos, Tensor slot_BLH, Tensor offset_BLH, "
+    "Tensor length_BLH, Tensor layer_1, Tensor position_B, Tensor active_B) -> Tensor",
 )

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.checks import check, check_rows
-from kernels.registry import Arguments, Case, Kernel, Workload, register
+from kernels.registry import Arguments, Case, Workload, register
 from kernels.testing import random
 
 MOST_ROWS = 8
@@ -95,16 +95,4 @@ def sized(work: Workload) -> Arguments:
     return x, x.new_empty(2 * work.intermediate, work.hidden), None, None
 
 
-KERNEL = register(
-    Kernel(
-        name="few_rows_linear",
-        schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? scale) -> Tensor",
-        reference=reference,
-        fake=fake,
-        launch=None,
-        cases=cases,
-        bytes_moved=bytes_moved,
-        flops=flops,
-        sized=sized,
-    )
-)
+KERNEL = register(__name__, "(Tensor x, Tensor weight, Tensor? bias, Tensor? scale) -> Tensor")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.checks import check_rows
 from kernels.language import jit, tl, triton
-from kernels.registry import Arguments, Case, Kernel, Workload, register
+from kernels.registry import Arguments, Case, Workload, register
 from kernels.testing import random
 
 _ROWS = 16
@@ -182,16 +182,4 @@ def sized(work: Workload) -> Arguments:
     return torch.empty(work.batch, work.kv_heads, 1024, work.head_dim, dtype=work.dtype, device="meta"), 8
 
 
-KERNEL = register(
-    Kernel(
-        name="quantize_kv",
-        schema="(Tensor x, int bits) -> (Tensor, Tensor)",
-        reference=reference,
-        fake=fake,
-        launch=launch,
-        cases=cases,
-        bytes_moved=bytes_moved,
-        flops=flops,
-        sized=sized,
-    )
-)
+KERNEL = register(__name__, "(Tensor x, int bits) -> (Tensor, Tensor)")

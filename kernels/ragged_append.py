@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.checks import INTEGERS, check, check_arena, check_inside
 from kernels.language import jit, tl, triton
-from kernels.registry import Arguments, Case, Kernel, Workload, register
+from kernels.registry import Arguments, Case, Workload, register
 from kernels.testing import random
 
 
@@ -241,18 +241,7 @@ def sized(work: Workload) -> Arguments:
 
 
 KERNEL = register(
-    Kernel(
-        name="ragged_append",
-        schema=(
-            "(Tensor(a!) k_arena, Tensor(b!) v_arena, Tensor(c!) pos, Tensor slot_BLHT, Tensor layer_1, Tensor k_BTHD, "
-            "Tensor v_BTHD, Tensor position_B, Tensor active_B) -> ()"
-        ),
-        reference=reference,
-        fake=fake,
-        launch=launch,
-        cases=cases,
-        bytes_moved=bytes_moved,
-        flops=flops,
-        sized=sized,
-    )
+    __name__,
+    "(Tensor(a!) k_arena, Tensor(b!) v_arena, Tensor(c!) pos, Tensor slot_BLHT, Tensor layer_1, Tensor k_BTHD, "
+    "Tensor v_BTHD, Tensor position_B, Tensor active_B) -> ()",
 )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.checks import INTEGERS, check, check_arena
 from kernels.language import jit, tl, triton
-from kernels.registry import Arguments, Case, Kernel, Workload, register
+from kernels.registry import Arguments, Case, Workload, register
 from kernels.testing import random
 
 _COUNTS = (torch.int32, torch.int64)
@@ -384,18 +384,7 @@ def sized(work: Workload) -> Arguments:
 
 
 KERNEL = register(
-    Kernel(
-        name="ragged_compact",
-        schema=(
-            "(Tensor(a!) k_arena, Tensor(b!) v_arena, Tensor(c!) pos, Tensor offset_BH, Tensor keep_BH, int max_keep, "
-            "Tensor k_BHSD, Tensor v_BHSD, Tensor pos_BHS, Tensor score_BHS) -> Tensor"
-        ),
-        reference=reference,
-        fake=fake,
-        launch=launch,
-        cases=cases,
-        bytes_moved=bytes_moved,
-        flops=flops,
-        sized=sized,
-    )
+    __name__,
+    "(Tensor(a!) k_arena, Tensor(b!) v_arena, Tensor(c!) pos, Tensor offset_BH, Tensor keep_BH, int max_keep, "
+    "Tensor k_BHSD, Tensor v_BHSD, Tensor pos_BHS, Tensor score_BHS) -> Tensor",
 )

@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.checks import FLOATS, INTEGERS, MOST_SLOTS, check, check_arena, check_groups, check_inside
 from kernels.language import INTERPRETED, jit, tl, triton
 from kernels.quantize_kv import dequantize_kv, quantize_kv
-from kernels.registry import Arguments, Case, Kernel, Workload, register
+from kernels.registry import Arguments, Case, Workload, register
 from kernels.testing import ragged_arena, random
 
 _TILE = 256
@@ -555,17 +555,8 @@ def sized(work: Workload) -> Arguments:
 
 
 KERNEL = register(
-    Kernel(
-        name="ragged_decode",
-        schema="(Tensor q_BND, Tensor k_arena, Tensor v_arena, Tensor pos, Tensor offset_BLH, Tensor length_BLH, "
-        "Tensor layer_1, Tensor position_B, int window, SymInt most, Tensor? bias, Tensor? k_scale, Tensor? v_scale) "
-        "-> (Tensor, Tensor)",
-        reference=reference,
-        fake=fake,
-        launch=launch,
-        cases=cases,
-        bytes_moved=bytes_moved,
-        flops=flops,
-        sized=sized,
-    )
+    __name__,
+    "(Tensor q_BND, Tensor k_arena, Tensor v_arena, Tensor pos, Tensor offset_BLH, Tensor length_BLH, "
+    "Tensor layer_1, Tensor position_B, int window, SymInt most, Tensor? bias, Tensor? k_scale, Tensor? v_scale) "
+    "-> (Tensor, Tensor)",
 )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels.checks import INTEGERS, MOST_SLOTS, check, check_groups
 from kernels.language import INTERPRETED, jit, tl, triton
-from kernels.registry import Arguments, Case, Kernel, Workload, register, serve
+from kernels.registry import Arguments, Case, Workload, register, serve
 from kernels.testing import random
 
 _LOG2_E = 1.4426950408889634
@@ -391,16 +391,7 @@ def sized(work: Workload) -> Arguments:
 
 
 KERNEL = register(
-    Kernel(
-        name="ragged_prefill",
-        schema="(Tensor q_BTND, Tensor k_BHSD, Tensor v_BHSD, Tensor pos_BHS, Tensor position_BT, int window, "
-        "bool lse) -> (Tensor, Tensor)",
-        reference=reference,
-        fake=fake,
-        launch=launch,
-        cases=cases,
-        bytes_moved=bytes_moved,
-        flops=flops,
-        sized=sized,
-    )
+    __name__,
+    "(Tensor q_BTND, Tensor k_BHSD, Tensor v_BHSD, Tensor pos_BHS, Tensor position_BT, int window, bool lse) "
+    "-> (Tensor, Tensor)",
 )

@@ -89,15 +89,31 @@ class Kernel:
     sized: Callable[[Workload], Arguments]
 
 
-def register(kernel: Kernel) -> Kernel:
-    """Make an operator: the reference everywhere, Triton on CUDA, and C++ on a CPU once `native.load()` was called.
+def register(file: str, schema: str) -> Kernel:
+    """Make an operator of what a file has.
+
+    The reference runs everywhere, the Triton form on CUDA, and C++ on a CPU once `native.load()` was called.
 
     Args:
-        kernel: what to register.
+        file: the module's `__name__`. It has `reference`, `fake`, `cases`, `bytes_moved`, `flops` and `sized`, and
+            `launch` if there is a Triton form; see `Kernel`.
+        schema: see `Kernel`.
 
     Returns:
-        The same.
+        The operator, by the file's name.
     """
+    module = importlib.import_module(file)
+    kernel = Kernel(
+        name=file.rpartition(".")[2],
+        schema=schema,
+        reference=module.reference,
+        fake=module.fake,
+        launch=getattr(module, "launch", None),
+        cases=module.cases,
+        bytes_moved=module.bytes_moved,
+        flops=module.flops,
+        sized=module.sized,
+    )
     _LIBRARY.define(f"{kernel.name}{kernel.schema}")
     _LIBRARY.impl(kernel.name, kernel.reference, "CompositeExplicitAutograd")
     if kernel.launch is not None:

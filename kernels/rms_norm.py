@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.checks import check, check_rows
 from kernels.language import jit, tl, triton
-from kernels.registry import Arguments, Case, Kernel, Workload, register, serve
+from kernels.registry import Arguments, Case, Workload, register, serve
 from kernels.testing import random
 
 
@@ -112,16 +112,4 @@ def sized(work: Workload) -> Arguments:
     return x, torch.empty_like(x[0]), 1e-5
 
 
-KERNEL = register(
-    Kernel(
-        name="rms_norm",
-        schema="(Tensor x, Tensor weight, float eps) -> Tensor",
-        reference=reference,
-        fake=fake,
-        launch=launch,
-        cases=cases,
-        bytes_moved=bytes_moved,
-        flops=flops,
-        sized=sized,
-    )
-)
+KERNEL = register(__name__, "(Tensor x, Tensor weight, float eps) -> Tensor")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.checks import check
 from kernels.language import jit, tl, triton
-from kernels.registry import Arguments, Case, Kernel, Workload, register, serve
+from kernels.registry import Arguments, Case, Workload, register, serve
 from kernels.testing import random
 
 
@@ -139,16 +139,4 @@ def sized(work: Workload) -> Arguments:
     return x_BTHD[:, :, : work.heads], cos_BTd, cos_BTd
 
 
-KERNEL = register(
-    Kernel(
-        name="rope",
-        schema="(Tensor x_BTHD, Tensor cos_BTd, Tensor sin_BTd) -> Tensor",
-        reference=reference,
-        fake=fake,
-        launch=launch,
-        cases=cases,
-        bytes_moved=bytes_moved,
-        flops=flops,
-        sized=sized,
-    )
-)
+KERNEL = register(__name__, "(Tensor x_BTHD, Tensor cos_BTd, Tensor sin_BTd) -> Tensor")

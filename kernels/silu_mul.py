@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels.checks import check_rows
 from kernels.language import jit, tl, triton
-from kernels.registry import Arguments, Case, Kernel, Workload, register, serve
+from kernels.registry import Arguments, Case, Workload, register, serve
 from kernels.testing import random
 
 _BLOCK = 1024
@@ -106,16 +106,4 @@ def sized(work: Workload) -> Arguments:
     return (torch.empty(work.batch, 2 * work.intermediate, dtype=work.dtype, device="meta"),)
 
 
-KERNEL = register(
-    Kernel(
-        name="silu_mul",
-        schema="(Tensor gate_up) -> Tensor",
-        reference=reference,
-        fake=fake,
-        launch=launch,
-        cases=cases,
-        bytes_moved=bytes_moved,
-        flops=flops,
-        sized=sized,
-    )
-)
+KERNEL = register(__name__, "(Tensor gate_up) -> Tensor")

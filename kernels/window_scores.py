@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels.checks import INTEGERS, MOST_SLOTS, check, check_groups
 from kernels.language import INTERPRETED, jit, tl, triton
-from kernels.registry import Arguments, Case, Kernel, Workload, register, serve
+from kernels.registry import Arguments, Case, Workload, register, serve
 from kernels.testing import random
 
 
@@ -430,16 +430,7 @@ def sized(work: Workload) -> Arguments:
 
 
 KERNEL = register(
-    Kernel(
-        name="window_scores",
-        schema="(Tensor q_BWND, Tensor k_BHSD, Tensor pos_BHS, Tensor position_BW, Tensor protected_BHS, "
-        "bool rows_max, bool group_max, int ahead, int behind, int window) -> Tensor",
-        reference=reference,
-        fake=fake,
-        launch=launch,
-        cases=cases,
-        bytes_moved=bytes_moved,
-        flops=flops,
-        sized=sized,
-    )
+    __name__,
+    "(Tensor q_BWND, Tensor k_BHSD, Tensor pos_BHS, Tensor position_BW, Tensor protected_BHS, bool rows_max, "
+    "bool group_max, int ahead, int behind, int window) -> Tensor",
 )

@@ -253,6 +253,14 @@ def _main(argv: Sequence[str]) -> None:
     ]
     torch.set_num_threads(args.threads)
     rows: list[dict[str, Any]] = []
+    origin = {
+        "model": args.model,
+        "threads": args.threads,
+        "commit": machine.commit(),  # before rows are written, which may be to a file of the tree
+        "command": shlex.join(["python", "-m", "recipes.bench_peers", *argv]),
+        "machine": machine.description(torch.device("cpu")),
+        "versions": _versions(),
+    }
     # A bar that refreshes itself would run while steps are timed.
     bar = Progress(console=Console(stderr=True), auto_refresh=False, disable=not sys.stderr.isatty())
     turns = len(args.dtype) * sum(1 + prefills(point.context) + args.rounds for point in points)
@@ -260,15 +268,6 @@ def _main(argv: Sequence[str]) -> None:
         task = bar.add_task("", total=turns * (len(args.cache) + len(peers)))
         for dtype in args.dtype:
             loaded = load(args.model, dtype=dtype, progress=False)
-            origin = {
-                "model": args.model,
-                "dtype": dtype,
-                "threads": args.threads,
-                "commit": machine.commit(),
-                "command": shlex.join(["python", "-m", "recipes.bench_peers", *argv]),
-                "machine": machine.description(torch.device("cpu")),
-                "versions": _versions(),
-            }
             shared = Shared(loaded)
             for point in points:
                 lanes = _lanes(shared, point, args.cache, peers, compile=args.compile)
@@ -282,7 +281,7 @@ def _main(argv: Sequence[str]) -> None:
                     if lane.left_out:
                         cli.note(f"{lane} is left out at {dtype}, context {point.context}: {lane.left_out}")
                 new = [
-                    origin | {"context": point.context, "batch": point.batch} | row
+                    origin | {"dtype": dtype, "context": point.context, "batch": point.batch} | row
                     for row in summarize(lanes, point.budget)
                 ]
                 output.writelines(json.dumps(row) + "\n" for row in new)

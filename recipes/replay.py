@@ -100,16 +100,14 @@ def compress(record: Record, settings: list[tuple[Method, int]], room: int) -> A
         for row, (method, _) in enumerate(settings):
             if method not in scored:
                 window = min(method.scorer.window, n)
-                protected_BHS = (pos_BHS < method.sinks) | (pos_BHS >= n - method.recent)
-                score_BHS = method.scorer(
+                scored[method] = method.scores(
                     layer.q_BWND[:, record.window - window :],
                     layer.k_BHSD,
                     pos_BHS,
                     position_S[None, n - window :],
-                    protected_BHS,
+                    torch.tensor([n], device=k_BHSD.device),
                     layer.sliding,
                 )
-                scored[method] = score_BHS.masked_fill(protected_BHS, float("inf"))
             if method.sharing is not None:
                 keep_BH[row] = method.sharing.share(keep_BH[row, None], scored[method], pos_BHS >= 0)[0]
         cache.share_out(torch.tensor([index], device=k_BHSD.device), keep_BLH[:, index], keep_BH)

@@ -72,12 +72,10 @@ class PromptPass:
         k_BHSD, v_BHSD, pos_BHS = self._with_past(layer_1, k_BTHD, v_BTHD)
         o_BTND = ragged_prefill(q_BTND, k_BHSD, v_BHSD, pos_BHS, self.position_BT, window)
 
-        seen_B11 = (self.cache.position + self.new_B)[:, None, None]
-        protected_BHS = (pos_BHS < self.method.sinks) | (pos_BHS >= seen_B11 - self.method.recent)
         row_B1 = torch.arange(len(self.new_B), device=q_BTND.device)[:, None]
         q_BWND = q_BTND[row_B1, self._observer_BW.clamp(min=0)]
-        score_BHS = self.method.scorer(q_BWND, k_BHSD, pos_BHS, self._observer_position_BW, protected_BHS, window)
-        score_BHS = score_BHS.masked_fill(protected_BHS, float("inf"))
+        seen_B = self.cache.position + self.new_B
+        score_BHS = self.method.scores(q_BWND, k_BHSD, pos_BHS, self._observer_position_BW, seen_B, window)
         keep_BH = self._keep_BLH.index_select(1, layer_1).squeeze(1)
         if (sharing := self.method.sharing) is not None:
             laid_out_BH, keep_BH = keep_BH, sharing.share(keep_BH, score_BHS, pos_BHS >= 0)
