@@ -468,7 +468,7 @@ def cases() -> Iterator[Case]:
             name=f"lengths={lengths}, D={D}, G={group}, window={window}",
             make=partial(_arguments, lengths, D, group, window),
         )
-    yield Case(name="4,500 slots", make=partial(_arguments, [[4500]], 16, 1, 0))
+    yield Case(name="4,500 slots, the last of them largest", make=_rising)
     yield Case(name="a tile holds every head", make=partial(_arguments, [[5, 256], [0, 17]], 64, 4, 0, most=256))
     yield Case(name="room for more", make=partial(_arguments, [[5, 200]], 64, 4, 0, most=1000))
     yield Case(name="merged and empty slots", make=partial(_arguments, [[65, 300, 4]], 64, 4, 200, biased=True))
@@ -503,6 +503,13 @@ def _arguments(
         bias[:, ::5] = float("-inf")
     tables = arena.pos, arena.offset, arena.length, arena.layer, arena.position
     return q_BND, k, v, *tables, window, most or max(map(max, lengths_BH)) or 1, bias, k_scale, v_scale
+
+
+def _rising(dtype: torch.dtype) -> Arguments:
+    """More tiles than are merged at once, of which the last have the largest scores."""
+    q_BND, k, *others = _arguments([[4500]], 16, 1, 0, dtype)
+    k[:, -100:] *= 8
+    return q_BND, k, *others
 
 
 def _no_rows(dtype: torch.dtype) -> Arguments:

@@ -7,14 +7,14 @@ from torch import Tensor, nn
 
 from kernels.few_rows_linear import MOST_ROWS, few_rows_linear, reference
 
-_FEW_OF_INT8 = 64
+_FEW_OF_INT8 = 32
 """Rows from which on it pays to make floats of all int8 weights for a BLAS product."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
     """Multiply by a weight matrix and add a bias if there is one.
 
-    On a CPU and outside autograd, up to 8 rows (64 with an int8 weight) go through `kernels.few_rows_linear`, more
+    On a CPU and outside autograd, up to 8 rows (32 with an int8 weight) go through `kernels.few_rows_linear`, more
     through BLAS.
 
     Args:

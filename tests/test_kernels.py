@@ -13,7 +13,7 @@ import torch
 
 from kernels import decode_blocks, few_rows_linear, native, ragged_compact, ragged_decode, ragged_prefill, rope
 from kernels.language import INSTALLED, INTERPRETED
-from kernels.registry import all_kernels
+from kernels.registry import all_kernels, use
 from kernels.testing import check, each_tensor
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -262,6 +262,8 @@ def test_slots_outside_the_arena_are_refused(form):
     for offset in (-1, slots - 1, 2**30):
         with pytest.raises((RuntimeError, IndexError), match="outside the arena"):
             run("ragged_decode", offset_BLH=torch.full_like(decode["offset_BLH"], offset))
+    with pytest.raises((RuntimeError, IndexError), match="outside the arena"):
+        run("ragged_decode", length_BLH=torch.full_like(decode["length_BLH"], -1))
 
 
 @pytest.mark.parametrize("form", ["reference", "triton"])
@@ -287,9 +289,11 @@ def test_a_window_wider_than_positions_is_no_window(window):
     prefill = {case.name: case for case in ragged_prefill.KERNEL.cases()}["G=3, sliding past"].make(torch.float32)[:5]
     expected = ragged_prefill.ragged_prefill(*prefill)
     assert torch.equal(ragged_prefill.ragged_prefill(*prefill, window=window), expected)
-    for name in ("ragged_decode", "window_scores"):
-        arguments = ARGUMENTS[name] | {"window": 0}
-        plain, wide = (call(all_kernels()[name], arguments | {"window": given}) for given in (0, window))
+    for name, case in (("ragged_decode", "merged and empty slots"), ("window_scores", "S=64, G=8, means")):
+        made = {case.name: case for case in all_kernels()[name].cases()}[case].make(torch.float32)
+        arguments = dict(zip(ARGUMENTS[name], made, strict=True))
+        with torch.inference_mode(), use("reference"):
+            plain, wide = (call(all_kernels()[name], arguments | {"window": given}) for given in (0, window))
         assert all(torch.equal(x, y) for x, y in zip(plain, wide, strict=True))
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from kernels import decode_blocks, few_rows_linear, native, ragged_append, ragged_decode, rms_norm, rope, silu_mul
 from kernels.few_rows_linear import few_rows_linear as product
+from layers import linear
 from layers.attention import Attention
 from layers.block import Block
 from layers.cache.arena import ArenaCache
@@ -680,13 +681,24 @@ def test_a_quantised_layer_gives_few_and_many_rows_the_same_numbers(dtype):
     layer.weight = torch.nn.Parameter(random(33, 300, dtype=dtype), requires_grad=False)
     layer.bias = torch.nn.Parameter(random(33, seed=1, dtype=dtype), requires_grad=False)
     quantize_weights(layer)
-    x = 8 * random(20, 300, seed=2, dtype=dtype)
+    x = 8 * random(40, 300, seed=2, dtype=dtype)
     used = layer.weight.double() * layer.scale.double()[:, None]
     exact = F.linear(x.double(), used, layer.bias.double())
     plain = F.linear(x, used.to(dtype), layer.bias)
     with torch.no_grad():
         check(layer(x), exact, plain)
         check(torch.cat([layer(row[None]) for row in x]), exact, plain)
+
+
+def test_which_rows_read_int8_codes_and_which_make_floats_of_them(monkeypatch):
+    read = []
+    monkeypatch.setattr(linear, "few_rows_linear", lambda x, *rest: read.append(len(x)) or product(x, *rest))
+    weight, scale = quantize_rows(random(5, 16))
+    with torch.no_grad():
+        for rows in (8, 9, 32, 33):
+            linear.linear(random(rows, 16), weight, scale=scale)
+            linear.linear(random(rows, 16), random(5, 16))
+    assert read == [8, 8, 9, 32]
 
 
 def test_a_product_in_half_precision_overflows_only_where_its_result_does():
