@@ -2,9 +2,10 @@
 
     python -m recipes.eval_needles --split test --output needles.jsonl --table needles.md
 
-The prompt, question included, is prefilled and compressed; then the gold answer is fed token by token through the
-compressed cache. A prompt counts as answered when every token of the asked-for value is the most likely one, which is
-what greedy decoding from the words that lead up to it would give.
+With the question seen, the prompt is prefilled whole and compressed; unseen, the context is prefilled and compressed
+first, and the question follows as a second turn. Then the gold answer is fed token by token through the compressed
+cache. A prompt counts as answered when every token of the asked-for value is the most likely one, which is what greedy
+decoding from the words that lead up to it would give.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import json
 import math
 import random
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,13 @@ from rich.progress import track
 from torch import Tensor
 
 from checkpoints import CheckpointError
-from layers.methods.base import Method
 from recipes.needles import SPLITS, TASKS, NeedlePrompt, make_prompts
-from recipes.replay import Record, answer_logits
+from recipes.replay import Record, Replay
 from zoo import Engine, Loaded, load, machine
 
 CACHES = ["headkv", "headkv:preset=published,beta=1.1", "snapkv", "snapkv:preset=tuned", "streaming"]
+
+ROOM = 64
 
 
 def value_scores(logits_AV: Tensor, prompt: NeedlePrompt) -> tuple[bool, float]:
@@ -41,13 +44,17 @@ def value_scores(logits_AV: Tensor, prompt: NeedlePrompt) -> tuple[bool, float]:
     return hit, -float(log_AV.gather(1, value_A[:, None]).mean())
 
 
-def check_with_engine(engine: Engine, prompt: NeedlePrompt, expected_AV: Tensor) -> None:
+def check_with_engine(engine: Engine, prompt: NeedlePrompt, question: str, expected_AV: Tensor) -> None:
     """Run one prompt through the engine itself and compare with the replay.
 
     Raises:
         AssertionError: the logits differ by more than rounding.
     """
-    logits = [engine.prefill([prompt.ids])]
+    if question == "seen":
+        logits = [engine.prefill([prompt.ids])]
+    else:
+        engine.prefill([prompt.ids[: prompt.question]])
+        logits = [engine.extend([prompt.ids[prompt.question :]])]
     logits += [engine.step([token]) for token in (prompt.lead + prompt.value)[:-1]]
     worst = float((torch.cat(logits) - expected_AV).abs().max())
     assert worst < 2e-3, f"engine and replay differ by {worst} with {engine.method.name} at {engine.budget}"
@@ -55,103 +62,44 @@ def check_with_engine(engine: Engine, prompt: NeedlePrompt, expected_AV: Tensor)
 
 def evaluate(
     loaded: Loaded,
+    prompt: NeedlePrompt,
     *,
-    split: str,
-    tasks: list[str],
-    tokens: int,
-    count: int,
-    seed: int,
-    caches: list[str],
-    budgets: list[int],
-    importance: Path | None = None,
-    verify: int = 0,
-) -> list[dict[str, Any]]:
-    """Evaluate caches on needle prompts.
+    question: str,
+    engines: Mapping[str, Mapping[int, Engine]],
+    verify: bool = False,
+) -> dict[str, dict[str, list[float]]]:
+    """Evaluate caches on one prompt, which is prefilled once.
 
     Args:
         loaded: the model.
-        split: "tune" or "test".
-        tasks: of `TASKS`.
-        tokens: length of the prompts.
-        count: prompts per task.
-        seed: of the prompts.
-        caches: methods with options, as `Engine` takes them; "full" is always among the results.
-        budgets: tokens per KV head.
-        importance: head-importance file; None takes the one that ships.
-        verify: on the first so many prompts of each task, one setting in turn also runs through the engine itself.
+        prompt: the prompt.
+        question: "seen" while compressing, or "unseen": asked in a second turn.
+        engines: by cache and budget, in tokens per KV head.
+        verify: run the prompt through the engines themselves too.
 
     Returns:
-        One row per task, cache and budget, with the results of every prompt.
+        By cache and budget: whether all tokens of the value are the most likely ones, and their mean negative
+        log-likelihood in nats.
 
     Raises:
-        ValueError: as `Engine`; two caches of one budget that do not take the same bytes.
-        CheckpointError: as `Engine`.
+        AssertionError: replay and engine differ by more than rounding.
     """
-    room = 64
-    pairs = [("full", tokens), *((cache, budget) for budget in budgets for cache in caches if cache != "full")]
-    engines = [
-        Engine(
-            loaded,
-            cache=cache,
-            budget=budget,
-            max_new_tokens=room,
-            max_context=tokens + room,
-            importance=importance,
-        )
-        for cache, budget in pairs
-    ]
-    methods: dict[str, Method] = {cache: engine.method for (cache, _), engine in zip(pairs, engines, strict=True)}
-    sizes = {
-        budget: {e.stats().nbytes for (_, b), e in zip(pairs[1:], engines[1:], strict=True) if b == budget}
-        for budget in budgets
-    }
-    for budget, nbytes in sizes.items():
-        if len(nbytes) > 1:
-            raise ValueError(f"caches of budget {budget} take different bytes: {sorted(nbytes)}")
-    settings = [(methods[cache], budget) for cache, budget in pairs]
-    window = max(method.scorer.window for method in methods.values())
-
-    rows = []
-    for task in tasks:
-        prompts = make_prompts(
-            loaded.tokenizer, loaded.chat, split=split, task=task, tokens=tokens, count=count, seed=seed
-        )
-        scores: list[list[tuple[bool, float]]] = [[] for _ in pairs]
-        for number, prompt in enumerate(track(prompts, f"Needles in {task}", console=Console(stderr=True))):
-            record = Record(loaded, prompt.ids, window)
-            answer = prompt.lead + prompt.value
-            # The full cache is as large as all others together: it gets an arena of its own.
-            logits_BAV = torch.cat(
-                [answer_logits(record, part, answer) for part in (settings[:1], settings[1:]) if part]
-            )
-            if number < verify:
-                turn = (tasks.index(task) * verify + number) % len(pairs)
-                check_with_engine(engines[turn], prompt, logits_BAV[turn])
-            for per_pair, logits_AV in zip(scores, logits_BAV, strict=True):
-                per_pair.append(value_scores(logits_AV, prompt))
-        digest = hashlib.sha256(json.dumps([p.ids + p.lead + p.value for p in prompts]).encode()).hexdigest()
-        for (cache, budget), engine, per_pair in zip(pairs, engines, scores, strict=True):
-            rows.append(
-                {
-                    "task": task,
-                    "cache": cache,
-                    "budget": None if cache == "full" else budget,
-                    "nbytes": engine.stats().nbytes,
-                    "method": repr(engine.method.scorer),
-                    "allocator": type(engine.method.allocator).__name__,
-                    "beta": getattr(engine.method.allocator, "beta", None),
-                    "alpha": getattr(engine.method.allocator, "alpha", None),
-                    "protected": [engine.method.sinks, engine.method.recent],
-                    "split": split,
-                    "tokens": tokens,
-                    "seed": seed,
-                    "prompts_sha256": digest,
-                    "kinds": [p.kind for p in prompts],
-                    "hits": [int(hit) for hit, _ in per_pair],
-                    "nll": [round(nll, 5) for _, nll in per_pair],
-                }
-            )
-    return rows
+    context, later = (
+        (prompt.ids, []) if question == "seen" else (prompt.ids[: prompt.question], prompt.ids[prompt.question :])
+    )
+    record, answer = Record(loaded, context), prompt.lead + prompt.value
+    results: dict[str, dict[str, list[float]]] = {}
+    for cache, by_budget in engines.items():
+        method = next(iter(by_budget.values())).method
+        replay = Replay(record, method, list(by_budget), room=len(answer), later=len(later))
+        if later:
+            replay.extend(later)
+        for (budget, engine), logits_AV in zip(by_budget.items(), replay.answer(answer), strict=True):
+            if verify:
+                check_with_engine(engine, prompt, question, logits_AV)
+            hit, nll = value_scores(logits_AV, prompt)
+            results.setdefault(cache, {})[str(budget)] = [int(hit), round(nll, 5)]
+    return results
 
 
 def wilson(hits: int, count: int) -> tuple[float, float]:
@@ -185,57 +133,170 @@ def bootstrap(values: list[float], draws: int = 2000) -> tuple[float, float]:
 
 
 def table(rows: Iterable[dict[str, Any]]) -> str:
-    """Results as Markdown: one table per task and one for all tasks together."""
-    rows = list(rows)
-    first = rows[0]
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    """Results as Markdown: one table per length of prompts and way of asking."""
+    parts: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        parts.setdefault((row["tokens"], row["question"]), []).append(row)
+    first = next(iter(parts.values()))[0]
+    commits = sorted({row["commit"] for part in parts.values() for row in part})
     lines = [
-        f"# Needles in {' and '.join(tasks)}, {first['tokens']:,} tokens, {first['model']}, {first['dtype']}",
+        f"# Needles, {first['model']}, {first['dtype']}, split `{first['split']}`, seed {first['seed']}",
         "",
-        f"{len(first['hits'])} prompts per task, split `{first['split']}`, seed {first['seed']}, at {first['commit']}.",
-        "The question is in the prompt, which is prefilled whole and compressed once. Accuracy: all tokens of the",
+        f"At {', '.join(commits)}. Question seen: it is in the prompt, which is prefilled whole and compressed once;",
+        "unseen: the context is compressed before the question comes, as a second turn. Accuracy: all tokens of the",
         "asked-for value are the most likely ones; above the full cache it is not fidelity, as fewer tokens distract",
         "less. ΔNLL: nats per token of the value above the full cache. Brackets: 95 % intervals (Wilson, bootstrap).",
-        "Caches of one budget take the same bytes. The last column counts right answers by kind of needle.",
+        "The columns with fractions count right answers by task and by kind of needle.",
         "",
-        f"    {first['command']}",
+        *(f"    {command}" for command in sorted({row["command"] for part in parts.values() for row in part})),
     ]
-    for task in (*tasks, None) if len(tasks) > 1 else tasks:
-        groups: dict[tuple[int | None, str], list[dict[str, Any]]] = {}
-        for row in rows:
-            if task in (None, row["task"]):
-                groups.setdefault((row["budget"], row["cache"]), []).append(row)
-        full = _Pooled(groups.pop((None, "full")))
-        lines += ["", f"## {task or 'All tasks together'}", ""]
-        lines += [f"| slots per KV head | MiB | cache | accuracy | of full | ΔNLL | {' '.join(full.by_kind)} |"]
-        lines += ["|---" * 7 + "|", full.line("all", "full", "-", f"(NLL {sum(full.nll) / len(full.nll):.3f})")]
-        for (budget, cache), group in groups.items():
-            pooled = _Pooled(group)
-            extra = [nll - base for nll, base in zip(pooled.nll, full.nll, strict=True)]
-            below, above = bootstrap(extra)
-            share = f"{sum(pooled.hits) / sum(full.hits):.0%}" if sum(full.hits) else "-"
-            mean = f"{sum(extra) / len(extra):+.3f} [{below:+.3f}, {above:+.3f}]"
-            lines.append(pooled.line(str(budget), cache, share, mean))
+    for (tokens, question), part in sorted(parts.items()):
+        pooled: dict[tuple[int, str], _Pooled] = {}
+        for row in part:
+            for cache, by_budget in row["results"].items():
+                for budget, (hit, nll) in by_budget.items():
+                    pooled.setdefault((int(budget), cache), _Pooled()).add(row, hit, nll)
+        full = pooled.pop(next(key for key in pooled if key[1] == "full"))
+        mebibytes = {cache: sizes for row in part for cache, sizes in row["mebibytes"].items()}
+        tasks, kinds = (" ".join(dict.fromkeys(row[name] for row in part)) for name in ("task", "kind"))
+        lines += ["", f"## {tokens:,} tokens, question {question}, {len(full.results)} prompts", ""]
+        lines += [f"| tokens per KV head | MiB | cache | accuracy | of full | ΔNLL | {tasks} | {kinds} |"]
+        lines += ["|---" * 8 + "|", full.line("all", mebibytes["full"][str(tokens)], "full", full)]
+        lines += [
+            of.line(str(budget), mebibytes[cache][str(budget)], cache, full)
+            for (budget, cache), of in sorted(pooled.items(), key=lambda item: item[0])
+        ]
     return "\n".join(lines) + "\n"
 
 
 class _Pooled:
-    """The prompts of several rows as one."""
+    """What a cache did on several prompts."""
 
-    def __init__(self, rows: list[dict[str, Any]]) -> None:
-        self.mebibytes = rows[0]["nbytes"] / 2**20
-        self.hits: list[int] = [hit for row in rows for hit in row["hits"]]
-        self.nll: list[float] = [nll for row in rows for nll in row["nll"]]
-        self.by_kind: dict[str, list[int]] = {}
-        for kind, hit in zip((kind for row in rows for kind in row["kinds"]), self.hits, strict=True):
-            self.by_kind.setdefault(kind, []).append(hit)
+    def __init__(self) -> None:
+        self.results: dict[str, tuple[int, float]] = {}
+        self.groups: dict[str, dict[str, list[int]]] = {"task": {}, "kind": {}}
 
-    def line(self, budget: str, cache: str, share: str, nll: str) -> str:
-        hits, count = sum(self.hits), len(self.hits)
+    def add(self, row: dict[str, Any], hit: int, nll: float) -> None:
+        if row["prompt_sha256"] in self.results:
+            return
+        self.results[row["prompt_sha256"]] = hit, nll
+        for name, group in self.groups.items():
+            group.setdefault(row[name], []).append(hit)
+
+    def line(self, budget: str, mebibytes: float, cache: str, full: _Pooled) -> str:
+        hits, count = sum(hit for hit, _ in self.results.values()), len(self.results)
+        of_full = sum(full.results[prompt][0] for prompt in self.results)
         low, high = wilson(hits, count)
         accuracy = f"{hits}/{count} = {hits / count:.2f} [{low:.2f}, {high:.2f}]"
-        kinds = " ".join(f"{sum(hits)}/{len(hits)}" for hits in self.by_kind.values())
-        return f"| {budget} | {self.mebibytes:.1f} | `{cache}` | {accuracy} | {share} | {nll} | {kinds} |"
+        extra = [nll - full.results[prompt][1] for prompt, (_, nll) in self.results.items()]
+        below, above = bootstrap(extra)
+        change = f"{sum(extra) / count:+.3f} [{below:+.3f}, {above:+.3f}]"
+        if self is full:
+            change = f"(NLL {sum(nll for _, nll in full.results.values()) / count:.3f})"
+        tasks, kinds = (
+            " ".join(f"{sum(hits)}/{len(hits)}" for hits in group.values()) for group in self.groups.values()
+        )
+        share = f"{hits / of_full:.0%}" if of_full else "-"
+        return f"| {budget} | {mebibytes:.1f} | `{cache}` | {accuracy} | {share} | {change} | {tasks} | {kinds} |"
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a results file; none if there is no file.
+
+    Raises:
+        ValueError: a line is no row; says which.
+    """
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
+        try:
+            row = json.loads(line)
+            row["results"], row["prompt_sha256"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path}, line {number}: not a row of this recipe; repair or remove it") from None
+        rows.append(row)
+    return rows
+
+
+def run(loaded: Loaded, args: argparse.Namespace, origin: dict[str, Any]) -> list[dict[str, Any]]:
+    """Evaluate what the output file lacks, adding a row per prompt as soon as it is done.
+
+    Returns:
+        All rows that the arguments ask for, old and new.
+    """
+    jobs = [
+        (tokens, question, task, number, prompt)
+        for tokens in args.tokens
+        for question in args.question
+        for task in args.tasks
+        for number, prompt in enumerate(
+            make_prompts(
+                loaded.tokenizer,
+                loaded.chat,
+                split=args.split,
+                task=task,
+                tokens=tokens,
+                count=args.prompts,
+                seed=args.seed,
+            )
+        )
+    ]
+    rows, asked = read_rows(args.output), []
+    for tokens, question, task, number, prompt in track(jobs, "Needles", console=Console(stderr=True)):
+        digest = hashlib.sha256(
+            json.dumps([prompt.ids, prompt.question, prompt.lead, prompt.value]).encode()
+        ).hexdigest()
+        key = {"tokens": tokens, "question": question, "prompt_sha256": digest} | {
+            name: origin[name] for name in ("model", "dtype", "template_sha256")
+        }
+        done = [row for row in rows if key.items() <= row.items()]
+        pairs = {cache: args.budgets for cache in args.caches if cache != "full"} | {"full": [tokens]}
+        missing = {
+            cache: [b for b in budgets if not any(str(b) in row["results"].get(cache, {}) for row in done)]
+            for cache, budgets in pairs.items()
+        }
+        asked += done
+        if not any(missing.values()):
+            continue
+        engines = {
+            cache: {
+                budget: Engine(
+                    loaded,
+                    cache=cache,
+                    budget=budget,
+                    max_new_tokens=ROOM,
+                    max_context=tokens + ROOM,
+                    importance=args.importance,
+                )
+                for budget in budgets
+            }
+            for cache, budgets in missing.items()
+            if budgets
+        }
+        started = time.perf_counter()
+        results = evaluate(loaded, prompt, question=question, engines=engines, verify=number < args.verify)
+        row = (
+            origin
+            | key
+            | {
+                "split": args.split,
+                "task": task,
+                "kind": prompt.kind,
+                "seed": args.seed,
+                "index": number,
+                "seconds": round(time.perf_counter() - started, 2),
+                "mebibytes": {
+                    cache: {
+                        str(budget): round(engine.stats().nbytes / 2**20, 2) for budget, engine in by_budget.items()
+                    }
+                    for cache, by_budget in engines.items()
+                },
+                "results": results,
+            }
+        )
+        with args.output.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        asked.append(row)
+    return asked
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -244,14 +305,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", default="smollm2-135m", help="alias, directory, .gguf file or hub id")
     parser.add_argument("--split", choices=[name for name in SPLITS if name != "calibrate"], default="tune")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--tokens", type=int, default=2000, help="prompt length")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2000], help="prompt lengths")
+    parser.add_argument("--question", nargs="+", choices=["seen", "unseen"], default=["seen"], help="while compressing")
     parser.add_argument("--prompts", type=int, default=24, help="per task")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--caches", nargs="+", default=CACHES, help="methods with options, e.g. headkv:beta=1.1")
-    parser.add_argument("--budgets", type=int, nargs="+", default=[32, 64, 128], help="tokens per KV head")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[32, 64, 128, 256], help="tokens per KV head")
     parser.add_argument("--importance", type=Path, help="head-importance file (default: the one that ships)")
-    parser.add_argument("--verify", type=int, default=0, help="prompts per task to run through the engine itself too")
-    parser.add_argument("--output", type=Path, required=True, help="jsonl file, one row per task, cache and budget")
+    parser.add_argument(
+        "--verify", type=int, default=0, help="prompts per task to run through the engines themselves too"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="jsonl file, a row per prompt; what it has already is not done again"
+    )
     parser.add_argument("--table", type=Path, help="Markdown file for the table, which is always printed")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
@@ -262,18 +328,6 @@ def main(argv: list[str] | None = None) -> int:
         if args.threads:
             torch.set_num_threads(args.threads)
         loaded = load(args.model, dtype=args.dtype, device=args.device)
-        rows = evaluate(
-            loaded,
-            split=args.split,
-            tasks=args.tasks,
-            tokens=args.tokens,
-            count=args.prompts,
-            seed=args.seed,
-            caches=args.caches,
-            budgets=args.budgets,
-            importance=args.importance,
-            verify=args.verify,
-        )
         origin = {
             "model": loaded.name,
             "dtype": args.dtype,
@@ -281,8 +335,7 @@ def main(argv: list[str] | None = None) -> int:
             "commit": commit,
             "command": "python -m recipes.eval_needles " + " ".join(sys.argv[1:] if argv is None else argv),
         }
-        rows = [row | origin for row in rows]
-        args.output.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows = run(loaded, args, origin)
         text = table(rows)
         if args.table:
             args.table.write_text(text)

@@ -25,6 +25,7 @@ class NeedlePrompt:
         kind: what sort of fact.
         depth: where in the haystack it lies, 0 the beginning and 1 the end.
         ids: the prompt, chat template and generation prompt included.
+        question: where the question begins in `ids`; what stands before is the context.
         lead: how the answer begins, words that the question already gave.
         value: what only the needle says.
         gold: places of `value` in `ids`.
@@ -35,6 +36,7 @@ class NeedlePrompt:
     kind: str
     depth: float
     ids: list[int]
+    question: int
     lead: list[int]
     value: list[int]
     gold: range
@@ -117,7 +119,18 @@ def make_prompt(
     gold = range(len(ids), len(ids) + len(value))
     ids += value + rest + list(chain(*filler[cut:])) + closing
     lead = tokenizer.encode(fact.lead)
-    return NeedlePrompt(split=split, task=task, kind=kind, depth=depth, ids=ids, lead=lead, value=value, gold=gold)
+    question = len(ids) - len(closing)
+    return NeedlePrompt(
+        split=split,
+        task=task,
+        kind=kind,
+        depth=depth,
+        ids=ids,
+        question=question,
+        lead=lead,
+        value=value,
+        gold=gold,
+    )
 
 
 def make_prompts(

@@ -1,20 +1,24 @@
 """Prefill a prompt once and compress it in many ways: what makes a comparison of cache settings cheap.
 
 Prefill is nearly all of the cost of a needle prompt, and until a layer is compressed it does not depend on the cache.
-So one dense pass is recorded, and every setting becomes a row of one arena, which then decodes all rows together. The
-outcome is that of `Engine.prefill` and `Engine.step` for each setting; tests/test_recipes.py compares them.
+So one dense pass is recorded, and for every method each budget becomes a row of one arena, which then decodes all rows
+together. The outcome is that of `Engine.prefill`, `extend` and `step` for each setting; tests/test_recipes.py compares
+them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from kernels.ragged_compact import ragged_compact
+from layers.block import Block
 from layers.cache.arena import ArenaCache
 from layers.cache.base import NoCache
+from layers.cache.prompt import PromptPass
+from layers.compress.scorers import Observation
 from layers.methods.base import Method
 from layers.plan import ArenaShape
 from zoo import Loaded
@@ -22,9 +26,9 @@ from zoo import Loaded
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """One layer's part of a recorded prefill: the last queries, all keys and values, the model's sliding window."""
+    """One layer's part of a recorded prefill: all queries, keys and values, the model's sliding window."""
 
-    q_BWND: Tensor
+    q_BTND: Tensor
     k_BHSD: Tensor
     v_BHSD: Tensor
     sliding: int | None
@@ -36,7 +40,6 @@ class Record:
     Args:
         loaded: the model.
         ids: the prompt.
-        window: how many of the last queries to keep: the largest observation window that will be replayed.
 
     Attributes:
         layers: what each layer computed.
@@ -44,8 +47,8 @@ class Record:
     """
 
     @torch.inference_mode()
-    def __init__(self, loaded: Loaded, ids: list[int], window: int) -> None:
-        self.loaded, self.tokens, self.window = loaded, len(ids), min(window, len(ids))
+    def __init__(self, loaded: Loaded, ids: list[int]) -> None:
+        self.loaded, self.tokens = loaded, len(ids)
         self.layers: list[Layer] = []
         ids_1T = torch.tensor([ids], device=loaded.model.embed.weight.device)
         position_1T = torch.arange(len(ids), device=ids_1T.device)[None]
@@ -54,101 +57,102 @@ class Record:
 
     def attend(self, layer_1: Tensor, q_BTND: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, window: int | None) -> Tensor:
         """Attend within the prompt; see `layers.cache.base.KVCache`."""
-        q_BWND = q_BTND[:, -self.window :].clone()
-        self.layers.append(
-            Layer(q_BWND=q_BWND, k_BHSD=k_BTHD.transpose(1, 2), v_BHSD=v_BTHD.transpose(1, 2), sliding=window)
-        )
+        k_BHSD, v_BHSD = k_BTHD.transpose(1, 2), v_BTHD.transpose(1, 2)
+        self.layers.append(Layer(q_BTND=q_BTND, k_BHSD=k_BHSD, v_BHSD=v_BHSD, sliding=window))
         return NoCache().attend(layer_1, q_BTND, k_BTHD, v_BTHD, window)
 
 
-def compress(record: Record, settings: list[tuple[Method, int]], room: int) -> ArenaCache:
-    """Compress a recorded prompt once per setting.
+class _Replay(PromptPass):
+    """Takes in a prompt that is the same in all rows, so that it is scored once."""
+
+    def scores(self, seen: Observation) -> Tensor:
+        rows: dict[str, Any] = {name: x[:1] for name, x in vars(seen).items() if isinstance(x, Tensor)}
+        return self.method.scores(replace(seen, **rows)).expand(len(seen.pos_BHS), -1, -1)
+
+
+class Replay:
+    """A recorded prompt in a cache, once per budget; then questions and answers go through it.
 
     Args:
         record: the prefill.
-        settings: method and budget in tokens per KV head of each row.
+        method: of the cache.
+        budgets: tokens per KV head of each row.
         room: slots of each KV head for the answer.
+        later: tokens that further turns will add.
 
-    Returns:
-        A cache ready to decode, row i holding what setting i keeps.
+    Attributes:
+        cache: ready to decode, row i holding what budget i keeps.
+        logits_BV: of the token after what was taken in so far.
     """
-    config, n = record.loaded.config, record.tokens
-    keep_BLH = torch.stack(
-        [
-            method.allocator(budget=budget, prompt=n, num_layers=config.num_layers, num_kv_heads=config.num_kv_heads)
-            for method, budget in settings
-        ]
-    )
-    k_BHSD = record.layers[0].k_BHSD
-    shape = ArenaShape(
-        batch=len(settings),
-        num_layers=config.num_layers,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        slots=int((keep_BLH + room).sum((1, 2)).max()),
-        dtype=k_BHSD.dtype,
-    )
-    cache = ArenaCache(shape, k_BHSD.device)
-    most_B = torch.stack([method.most(keep_LH, n) for (method, _), keep_LH in zip(settings, keep_BLH, strict=True)])
-    cache.lay_out(keep_BLH, [room] * len(settings), most_B=most_B)
-    keep_BLH = keep_BLH.to(k_BHSD.device)
-    position_S = torch.arange(n, dtype=torch.int32, device=k_BHSD.device)
-    pos_BHS = position_S.expand(1, config.num_kv_heads, n)
-    for index, layer in enumerate(record.layers):
-        scored: dict[Method, Tensor] = {}
-        keep_BH = keep_BLH[:, index].clone()
-        for row, (method, _) in enumerate(settings):
-            if method not in scored:
-                window = min(method.scorer.window, n)
-                scored[method] = method.scores(
-                    layer.q_BWND[:, record.window - window :],
-                    layer.k_BHSD,
-                    pos_BHS,
-                    position_S[None, n - window :],
-                    torch.tensor([n], device=k_BHSD.device),
-                    layer.sliding,
-                )
-            if method.sharing is not None:
-                keep_BH[row] = method.sharing.share(keep_BH[row, None], scored[method], pos_BHS >= 0)[0]
-        cache.share_out(torch.tensor([index], device=k_BHSD.device), keep_BLH[:, index], keep_BH)
-        for row, (method, _) in enumerate(settings):
-            cache.kept[row, index] = ragged_compact(
-                cache.k[row, None],
-                cache.v[row, None],
-                cache.pos[row, None],
-                cache.offset[row, None, index],
-                keep_BH[row, None],
-                int(most_B[row]),
-                layer.k_BHSD,
-                layer.v_BHSD,
-                pos_BHS,
-                scored[method],
-            )[0]
-    cache.ring_start.copy_(cache.kept)
-    cache.length.copy_(cache.kept)
-    cache.position += n
-    return cache
 
+    @torch.inference_mode()
+    def __init__(self, record: Record, method: Method, budgets: list[int], *, room: int, later: int = 0) -> None:
+        config, model = record.loaded.config, record.loaded.model
+        k_BHSD, rows = record.layers[0].k_BHSD, len(budgets)
+        self._record, self._method, self._budgets, self._room = record, method, budgets, room
+        self._frequencies_Bd = model.rope.frequencies([record.tokens] * rows).to(k_BHSD.device)
+        self._seen = record.tokens
+        shape = ArenaShape(
+            batch=rows,
+            num_layers=config.num_layers,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            slots=int((self._keep(record.tokens + later) + room).sum((1, 2)).max()),
+            dtype=k_BHSD.dtype,
+        )
+        self.cache = ArenaCache(shape, k_BHSD.device)
+        chunk = _Replay(self.cache, method, **self._arguments(record.tokens, record.tokens))
+        pos_BHS = chunk.position_BT[:, None].expand(rows, config.num_kv_heads, -1)
+        for index, layer in enumerate(record.layers):
+            q_BTND, k_BHSD, v_BHSD = (x.expand(rows, -1, -1, -1) for x in (layer.q_BTND, layer.k_BHSD, layer.v_BHSD))
+            layer_1 = torch.tensor([index], device=k_BHSD.device)
+            chunk.keep(layer_1, q_BTND, k_BHSD, v_BHSD, pos_BHS, layer.sliding)
+        chunk.finish()
+        self.logits_BV = record.logits_1V.expand(rows, -1)
 
-@torch.inference_mode()
-def answer_logits(record: Record, settings: list[tuple[Method, int]], answer: list[int]) -> Tensor:
-    """Decode a given answer through every setting's cache.
+    def _keep(self, tokens: int) -> Tensor:
+        config = self._record.loaded.config
+        sizes = {"num_layers": config.num_layers, "num_kv_heads": config.num_kv_heads}
+        return torch.stack([self._method.allocator(budget=b, prompt=tokens, **sizes) for b in self._budgets])
 
-    Args:
-        record: the prefill.
-        settings: method and budget in tokens per KV head of each row.
-        answer: A token ids.
+    def _arguments(self, seen: int, new: int) -> dict[str, Any]:
+        rows = len(self._budgets)
+        return {
+            "keep_BLH": self._keep(seen),
+            "room": [self._room] * rows,
+            "new_tokens": [new] * rows,
+            "outputs": [block.attention.out for block in cast("list[Block]", self._record.loaded.model.blocks)],
+            "frequencies_Bd": self._frequencies_Bd,
+        }
 
-    Returns:
-        (B, A, V) logits, those at a predicting answer token a from the prompt and the answer before it.
-    """
-    model, cache = record.loaded.model, compress(record, settings, room=len(answer))
-    active_B = torch.ones(len(settings), dtype=torch.bool)
-    logits = [record.logits_1V.expand(len(settings), -1)]
-    for token in answer[:-1]:
-        cache.begin_step(active_B)
-        token_B1 = torch.full((len(settings), 1), token, device=cache.k.device)
-        x_BTE = model.hidden(token_B1, model.rope(cache.position[:, None], record.tokens), cache)
-        logits.append(model.logits(x_BTE[:, -1]))
-        cache.end_step()
-    return torch.stack(logits, dim=1)
+    @torch.inference_mode()
+    def extend(self, ids: list[int]) -> None:
+        """Take in a further turn, the same in every row."""
+        model, rows = self._record.loaded.model, len(self._budgets)
+        self._seen += len(ids)
+        chunk = PromptPass(self.cache, self._method, **self._arguments(self._seen, len(ids)))
+        rotation = model.rope.rotation(chunk.position_BT, self._frequencies_Bd)
+        x_BTE = model.hidden(torch.tensor([ids] * rows, device=self.cache.k.device), rotation, chunk)
+        chunk.finish()
+        self.logits_BV = model.logits(x_BTE[:, -1])
+
+    @torch.inference_mode()
+    def answer(self, ids: list[int]) -> Tensor:
+        """Decode a given answer.
+
+        Args:
+            ids: A token ids.
+
+        Returns:
+            (B, A, V) logits, those at a predicting answer token a from the prompt and the answer before it.
+        """
+        model, cache, rows = self._record.loaded.model, self.cache, len(self._budgets)
+        active_B = torch.ones(rows, dtype=torch.bool, device=cache.k.device)
+        logits = [self.logits_BV]
+        for token in ids[:-1]:
+            cache.begin_step(active_B)
+            token_B1 = torch.full((rows, 1), token, device=cache.k.device)
+            rotation = model.rope.rotation(cache.position[:, None], self._frequencies_Bd)
+            logits.append(model.logits(model.hidden(token_B1, rotation, cache)[:, -1]))
+            cache.end_step()
+        return torch.stack(logits, dim=1)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kernels.ragged_compact import ragged_compact
 from layers.budget import parse_budget
 from layers.compress.allocators import HeadImportance, LayerTopK, Pyramid, Uniform
-from layers.compress.scorers import KeyDifference, WindowAttention
+from layers.compress.scorers import KeyDifference, Observation, WindowAttention
 from layers.methods import allocator_names, build_method, method_names, needs_importance
 from layers.plan import ArenaShape, offsets
 
@@ -47,9 +47,22 @@ def test_window_attention_is_the_formula(rows, group, heads, sliding):
     pos = torch.arange(S, dtype=torch.int32).expand(3, S).clone()
     pos[pos >= torch.tensor(lengths)[:, None]] = -1
     position = (torch.tensor(lengths)[:, None] - W + torch.arange(W)).int()
+    right = torch.tensor([[max(0, W - n) + w for w in range(W)] for n in lengths]).clamp(max=W - 1)  # padding follows
     protected = ((pos < 1) | (pos >= torch.tensor(lengths)[:, None] - 2))[:, None].expand(3, H, S)
     scorer = WindowAttention(window=W, rows=rows, group=group, ahead=ahead, behind=behind)
-    got = scorer(q, k, pos[:, None].expand(3, H, S), position, protected, sliding)
+    seen = Observation(
+        q_BTND=torch.stack([row[order] for row, order in zip(q, right, strict=True)]),
+        position_BT=torch.stack([row[order] for row, order in zip(position, right, strict=True)]).where(
+            torch.arange(W) < torch.tensor(lengths)[:, None], -1
+        ),
+        k_BHSD=k,
+        v_BHSD=k,
+        pos_BHS=pos[:, None].expand(3, H, S),
+        protected_BHS=protected,
+        sliding=sliding,
+        layer=0,
+    )
+    got = scorer(seen)
     for row, length in enumerate(lengths):
         first = max(0, W - length)
         weights = naive_window_attention(
@@ -68,10 +81,11 @@ def test_window_attention_is_the_formula(rows, group, heads, sliding):
 def test_window_scores_ignore_what_empty_places_hold():
     q, k = torch.randn(1, 2, 2, 4), torch.randn(1, 1, 5, 4)
     pos, position = torch.tensor([[[0, 1, 2, 3, -1]]], dtype=torch.int32), torch.tensor([[2, 3]], dtype=torch.int32)
-    scorer, protected = WindowAttention(window=2), torch.zeros(1, 1, 5, dtype=torch.bool)
-    clean = scorer(q, k, pos, position, protected, None)
+    scorer, tokens = WindowAttention(window=2), {"k_BHSD": k, "v_BHSD": k, "pos_BHS": pos, "protected_BHS": pos > 9}
+    seen = Observation(q_BTND=q, position_BT=position, sliding=None, layer=0, **tokens)
+    clean = scorer(seen)
     k[:, :, 4] = float("nan")
-    assert torch.equal(scorer(q, k, pos, position, protected, None), clean)
+    assert torch.equal(scorer(seen), clean)
 
 
 @settings(max_examples=60, deadline=None)
@@ -277,10 +291,10 @@ def test_key_difference_ignores_lengths_and_empty_places():
     k = torch.randn(2, 3, 9, 4)
     pos = torch.arange(9, dtype=torch.int32).repeat(2, 3, 1)
     pos[:, :, :2] = pos[0, :, 7:] = -1
-    arguments = pos, torch.empty(2, 0), pos < 0, None
-    score = KeyDifference()(torch.empty(2, 0, 3, 4), k, *arguments)
+    others = {"q_BTND": k, "position_BT": pos[:, 0], "v_BHSD": k, "pos_BHS": pos, "protected_BHS": pos < 0}
+    score = KeyDifference()(Observation(k_BHSD=k, sliding=None, layer=0, **others))
     k[pos < 0] = math.nan
-    again = KeyDifference()(torch.empty(2, 0, 3, 4), k * torch.rand(2, 3, 9, 1), *arguments)
+    again = KeyDifference()(Observation(k_BHSD=k * torch.rand(2, 3, 9, 1), sliding=None, layer=0, **others))
     torch.testing.assert_close(again[pos >= 0], score[pos >= 0])
     assert again.isfinite().all()
 

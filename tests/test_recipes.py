@@ -17,7 +17,7 @@ import recipes.eval_needles as eval_needles
 import recipes.perplexity as perplexity
 from checkpoints import CheckpointError, config_hash, read_importance
 from recipes.needles import SPLITS, TASKS, NeedlePrompt, make_prompt, make_prompts
-from recipes.replay import Record, answer_logits
+from recipes.replay import Record, Replay
 from tests import tiny, tiny_chat
 from zoo import Engine, Loaded
 
@@ -127,7 +127,7 @@ def test_a_trial_looks_at_the_attention_that_the_model_computes(loaded: Loaded) 
     made = prompt("calibrate")
     trial = calibrate_heads.run_trial(loaded, made)
     ids = made.ids + made.lead + made.value[:-1]
-    record = Record(loaded, ids, len(ids))
+    record = Record(loaded, ids)
     for layer, part in enumerate(record.layers):
         group = loaded.config.num_heads // loaded.config.num_kv_heads
         for head in range(loaded.config.num_heads):
@@ -135,7 +135,7 @@ def test_a_trial_looks_at_the_attention_that_the_model_computes(loaded: Loaded) 
             for row in range(len(ids) - len(made.value), len(ids)):
                 first = 0 if part.sliding is None else max(0, row + 1 - part.sliding)
                 keys = part.k_BHSD[0, head // group, first : row + 1]
-                weight = (keys @ part.q_BWND[0, row, head] / keys.shape[-1] ** 0.5).softmax(0)
+                weight = (keys @ part.q_BTND[0, row, head] / keys.shape[-1] ** 0.5).softmax(0)
                 rows.append(torch.cat((torch.zeros(first), weight, torch.zeros(len(ids) - row - 1))))
             r, r2 = calibrate_heads.retrieval_scores(
                 torch.stack(rows)[None], torch.tensor(ids), torch.tensor(made.value), made.gold
@@ -156,22 +156,28 @@ SPECS = [
 ]
 
 
-def test_replay_equals_the_engine(loaded: Loaded, importance: Path) -> None:
+@pytest.mark.parametrize("question", ["seen", "unseen"])
+@pytest.mark.parametrize("spec", ["full", *SPECS])
+def test_replay_equals_the_engine(loaded: Loaded, importance: Path, spec: str, question: str) -> None:
     made = prompt()
-    record = Record(loaded, made.ids, 32)
-    answer = made.lead + made.value
-    settings = [("full", LENGTH), *((spec, budget) for spec in SPECS for budget in (12, 40))]
+    ids, more = (made.ids, []) if question == "seen" else (made.ids[: made.question], made.ids[made.question :])
+    answer, budgets = made.lead + made.value, [LENGTH] if spec == "full" else [12, 40]
     engines = [
         Engine(loaded, cache=spec, budget=budget, max_new_tokens=len(answer), importance=importance)
-        for spec, budget in settings
+        for budget in budgets
     ]
-    replayed = answer_logits(record, [(e.method, b) for e, (_, b) in zip(engines, settings, strict=True)], answer)
-    for engine, logits, (spec, budget) in zip(engines, replayed, settings, strict=True):
-        steps = [engine.prefill([made.ids]), *(engine.step([token]) for token in answer[:-1])]
-        torch.testing.assert_close(
-            torch.cat(steps), logits, atol=1e-5, rtol=0, msg=lambda m, s=spec, b=budget: f"{s} {b}: {m}"
-        )
-    assert (replayed[0] - replayed[1]).abs().max() > 1e-3  # a small budget does change something
+    replay = Replay(Record(loaded, ids), engines[0].method, budgets, room=len(answer), later=len(more))
+    if more:
+        replay.extend(more)
+    replayed = replay.answer(answer)
+    for engine, logits_AV in zip(engines, replayed, strict=True):
+        logits = engine.prefill([ids])
+        if more:
+            logits = engine.extend([more])
+        steps = [logits, *(engine.step([token]) for token in answer[:-1])]
+        torch.testing.assert_close(torch.cat(steps), logits_AV, atol=1e-5, rtol=0)
+    if spec != "full":
+        assert (replayed[0] - replayed[1]).abs().max() > 1e-3  # a small budget does change something
 
 
 @pytest.fixture
@@ -220,38 +226,53 @@ def test_calibration_that_cannot_work_says_why(
     assert not file.exists()
 
 
-def test_evaluation_writes_rows_and_a_table(command_line: Loaded, importance: Path, tmp_path: Path) -> None:
+NEEDLES = [
+    "--model",
+    "some",
+    "--split",
+    "test",
+    "--tokens",
+    str(LENGTH),
+    "--prompts",
+    "3",
+    "--seed",
+    "7",
+    "--budgets",
+    "16",
+    "24",
+]
+
+
+def test_evaluation_adds_what_is_missing_and_makes_a_table(
+    command_line: Loaded, importance: Path, tmp_path: Path, capsys: Any
+) -> None:
     output, table = tmp_path / "out.jsonl", tmp_path / "out.md"
     arguments = [
-        *("--model", "some", "--split", "test", "--tasks", "noise", "prose", "--tokens", str(LENGTH), "--prompts", "3"),
-        *("--seed", "7", "--caches", "headkv:window=8", "adakv:preset=tuned", "keydiff", "--budgets", "16", "24"),
-        *("--importance", str(importance), "--verify", "3", "--output", str(output), "--table", str(table)),
+        *(*NEEDLES, "--question", "seen", "unseen", "--importance", str(importance), "--verify", "1"),
         *("--dtype", "float32", "--device", "cpu", "--threads", str(torch.get_num_threads())),
+        *("--output", str(output), "--table", str(table)),
     ]
-    assert eval_needles.main(arguments) == 0
+    assert eval_needles.main([*arguments, "--caches", "headkv:window=8", "adakv:preset=tuned"]) == 0
     rows = [json.loads(line) for line in output.read_text().splitlines()]
-    assert len(rows) == 2 * (1 + 3 * 2)
-    assert {row["seed"] for row in rows} == {7} and {len(row["hits"]) for row in rows} == {3}
-    for budget in (16, 24):
-        assert len({row["nbytes"] for row in rows if row["budget"] == budget}) == 1
-    assert all("--verify 3" in row["command"] and row["template_sha256"] == "none" for row in rows)
-    assert table.read_text().count("`headkv:window=8`") == 2 * 3
-
-
-def test_evaluation_refuses_unequal_bytes(command_line: Loaded, importance: Path, tmp_path: Path, capsys: Any) -> None:
-    output = tmp_path / "out.jsonl"
-    arguments = [
-        "--caches",
-        "headkv:preset=published,beta=1.3,compat=true",
-        "streaming",
-        "--budgets",
-        "23",
-        "--tokens",
-        str(LENGTH),
-    ]
-    assert eval_needles.main([*arguments, "--importance", str(importance), "--output", str(output)]) == 2
-    assert "different bytes" in capsys.readouterr().err
-    assert not output.exists()
+    assert len(rows) == 2 * 2 * 3
+    assert {row["seed"] for row in rows} == {7} and {row["question"] for row in rows} == {"seen", "unseen"}
+    assert {cache: list(row) for cache, row in rows[0]["results"].items()} == {
+        "headkv:window=8": ["16", "24"],
+        "adakv:preset=tuned": ["16", "24"],
+        "full": [str(LENGTH)],
+    }
+    assert all("--verify 1" in row["command"] and row["template_sha256"] == "none" for row in rows)
+    assert table.read_text().count("`headkv:window=8`") == 2 * 2
+    before = table.read_text()
+    assert eval_needles.main([*arguments, "--caches", "headkv:window=8", "adakv:preset=tuned"]) == 0
+    assert len(output.read_text().splitlines()) == 12 and table.read_text() == before
+    assert eval_needles.main([*arguments, "--caches", "headkv:window=8", "keydiff"]) == 0
+    more = [json.loads(line) for line in output.read_text().splitlines()][12:]
+    assert len(more) == 12 and all(list(row["results"]) == ["keydiff"] for row in more)
+    assert "`keydiff`" in table.read_text() and "`full`" in table.read_text()
+    output.write_text(output.read_text() + "{}\n")
+    assert eval_needles.main([*arguments, "--caches", "keydiff"]) == 2
+    assert "out.jsonl, line 25: not a row" in capsys.readouterr().err
 
 
 def test_the_shipped_scores_are_those_of_the_default_model() -> None:

@@ -314,7 +314,15 @@ class Engine:
         seen = [before + new for before, new in zip(self.tokens_seen, lengths, strict=True)]
         keep_BLH = torch.stack([self._shares(tokens, self._most_tokens) for tokens in seen])
         room = [self._room if self.budget else self.max_context - tokens for tokens in seen]
-        chunk = PromptPass(self.cache, self.method, keep_BLH=keep_BLH, room=room, new_tokens=lengths)
+        chunk = PromptPass(
+            self.cache,
+            self.method,
+            keep_BLH=keep_BLH,
+            room=room,
+            new_tokens=lengths,
+            outputs=[block.attention.out for block in cast("list[Block]", self.model.blocks)],
+            frequencies_Bd=self._frequencies_Bd,
+        )
         rotation = self.model.rope.rotation(chunk.position_BT, self._frequencies_Bd)
         x_BTE = self.model.hidden(ids_BT, rotation, chunk)
         chunk.finish()

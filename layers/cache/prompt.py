@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from kernels.ragged_compact import ragged_compact
 from kernels.ragged_prefill import ragged_prefill
 from layers.cache.arena import ArenaCache
+from layers.compress.scorers import Observation
+from layers.linear import Linear
 from layers.methods.base import Method
 
 
@@ -25,6 +29,8 @@ class PromptPass:
             shares layers out, what counts is the sum of each layer.
         room: per row, slots of each KV head for generated tokens.
         new_tokens: per row, how many of the chunk's T tokens are real; the rest is padding on the right.
+        outputs: the layers' output projections in turn, for methods that look at them.
+        frequencies_Bd: angular frequencies of RoPE, for methods that look at them.
 
     Example:
         >>> from layers.methods import build_method
@@ -40,7 +46,15 @@ class PromptPass:
     """
 
     def __init__(
-        self, cache: ArenaCache, method: Method, *, keep_BLH: Tensor, room: list[int], new_tokens: list[int]
+        self,
+        cache: ArenaCache,
+        method: Method,
+        *,
+        keep_BLH: Tensor,
+        room: list[int],
+        new_tokens: list[int],
+        outputs: Iterable[Linear] = (),
+        frequencies_Bd: Tensor | None = None,
     ) -> None:
         device = cache.k.device
         self.cache, self.method = cache, method
@@ -60,22 +74,43 @@ class PromptPass:
             self._past_k, self._past_v = cache.k.clone(), cache.v.clone()
         cache.pos.fill_(-1)
         self._keep_BLH = keep_BLH.to(device)
-
-        window = min(method.scorer.window, len(new_T))
-        self._observer_BW = self.new_B[:, None] - window + torch.arange(window, dtype=torch.int32, device=device)
-        self._observer_position_BW = (cache.position[:, None] + self._observer_BW).masked_fill(
-            self._observer_BW < 0, -1
-        )
+        self._outputs, self._frequencies_Bd = iter(outputs), frequencies_Bd
+        self._layer = 0
 
     def attend(self, layer_1: Tensor, q_BTND: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, window: int | None) -> Tensor:
         """Attend, then keep the layer's share; see `layers.cache.base.KVCache`."""
         k_BHSD, v_BHSD, pos_BHS = self._with_past(layer_1, k_BTHD, v_BTHD)
         o_BTND = ragged_prefill(q_BTND, k_BHSD, v_BHSD, pos_BHS, self.position_BT, window)
+        self.keep(layer_1, q_BTND, k_BHSD, v_BHSD, pos_BHS, window)
+        return o_BTND
 
-        row_B1 = torch.arange(len(self.new_B), device=q_BTND.device)[:, None]
-        q_BWND = q_BTND[row_B1, self._observer_BW.clamp(min=0)]
-        seen_B = self.cache.position + self.new_B
-        score_BHS = self.method.scores(q_BWND, k_BHSD, pos_BHS, self._observer_position_BW, seen_B, window)
+    def keep(
+        self, layer_1: Tensor, q_BTND: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, pos_BHS: Tensor, window: int | None
+    ) -> None:
+        """Store what the method keeps of a layer; `attend` calls it, and so may who has attended already.
+
+        Args:
+            layer_1: (1,) int64, index of the layer; layers come in order.
+            q_BTND: new queries after RoPE.
+            k_BHSD: keys of all tokens, stored and new, after RoPE, in order of position.
+            v_BHSD: their values.
+            pos_BHS: int32 absolute positions, -1 where empty.
+            window: the layer's sliding window in tokens, or None.
+        """
+        seen = Observation(
+            q_BTND=q_BTND,
+            position_BT=self._pos_BT,
+            k_BHSD=k_BHSD,
+            v_BHSD=v_BHSD,
+            pos_BHS=pos_BHS,
+            protected_BHS=self.method.protects(pos_BHS, self.cache.position + self.new_B),
+            sliding=window,
+            layer=self._layer,
+            out=next(self._outputs, None),
+            frequencies_Bd=self._frequencies_Bd,
+        )
+        self._layer += 1
+        score_BHS = self.scores(seen)
         keep_BH = self._keep_BLH.index_select(1, layer_1).squeeze(1)
         if (sharing := self.method.sharing) is not None:
             laid_out_BH, keep_BH = keep_BH, sharing.share(keep_BH, score_BHS, pos_BHS >= 0)
@@ -94,7 +129,10 @@ class PromptPass:
             score_BHS,
         )
         self.cache.kept.index_copy_(1, layer_1, kept_BH[:, None])
-        return o_BTND
+
+    def scores(self, seen: Observation) -> Tensor:
+        """How much each token of a layer matters, (B, H, S)."""
+        return self.method.scores(seen)
 
     def finish(self) -> None:
         """Make the cache ready to decode, once every layer has attended."""

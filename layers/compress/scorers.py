@@ -9,41 +9,73 @@ import torch
 from torch import Tensor
 
 from kernels.window_scores import window_scores
+from layers.linear import Linear
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """What one layer shows of a prompt, or of a chunk or later turn of one, to whoever judges its tokens.
+
+    Args:
+        q_BTND: queries of the new tokens, after RoPE.
+        position_BT: int32 absolute positions of the new tokens, -1 where there is none; padding is on the right.
+        k_BHSD: keys of all tokens, stored and new, after RoPE, in order of position.
+        v_BHSD: their values.
+        pos_BHS: int32 absolute positions of all tokens, -1 where empty.
+        protected_BHS: bool; tokens that are kept whatever their score, so that it must not spread to their neighbours.
+        sliding: the model's sliding window in tokens, or None.
+        layer: index of the layer.
+        out: the layer's output projection; None where nobody gave it.
+        frequencies_Bd: angular frequencies of RoPE in radians per token; None where nobody gave them.
+
+    Example:
+        >>> x, pos = torch.arange(3.0).view(1, 3, 1, 1), torch.arange(3, dtype=torch.int32)[None]
+        >>> seen = {"k_BHSD": x, "v_BHSD": x, "pos_BHS": pos[None], "protected_BHS": pos[None] > 1, "sliding": None}
+        >>> q, position = Observation(q_BTND=x, position_BT=pos, layer=0, **seen).last(2)
+        >>> q.flatten().tolist(), position.tolist()
+        ([1.0, 2.0], [[1, 2]])
+    """
+
+    q_BTND: Tensor
+    position_BT: Tensor
+    k_BHSD: Tensor
+    v_BHSD: Tensor
+    pos_BHS: Tensor
+    protected_BHS: Tensor
+    sliding: int | None
+    layer: int
+    out: Linear | None = None
+    frequencies_Bd: Tensor | None = None
+
+    def last(self, window: int) -> tuple[Tensor, Tensor]:
+        """The last new queries of every row, fewer if there are fewer.
+
+        Args:
+            window: how many, W.
+
+        Returns:
+            Queries (B, W, N, D), and their positions (B, W), -1 where a row has none.
+        """
+        rows, tokens = self.position_BT.shape
+        window = min(window, tokens)
+        new_B1 = (self.position_BT >= 0).sum(1, keepdim=True)
+        index_BW = new_B1 - window + torch.arange(window, device=new_B1.device)
+        row_B1 = torch.arange(rows, device=new_B1.device)[:, None]
+        position_BW = self.position_BT.gather(1, index_BW.clamp(min=0)).masked_fill(index_BW < 0, -1)
+        return self.q_BTND[row_B1, index_BW.clamp(min=0)], position_BW
 
 
 class Scorer(Protocol):
-    """Gives every stored token of every KV head a number; higher is kept.
+    """Gives every stored token of every KV head a number; higher is kept."""
 
-    Attributes:
-        window: how many of the last queries it looks at; 0 if none.
-    """
-
-    @property
-    def window(self) -> int:
-        """Queries that it needs."""
-        ...
-
-    def __call__(
-        self,
-        q_BWND: Tensor,
-        k_BHSD: Tensor,
-        pos_BHS: Tensor,
-        position_BW: Tensor,
-        protected_BHS: Tensor,
-        sliding: int | None,
-    ) -> Tensor:
+    def __call__(self, seen: Observation) -> Tensor:
         """Score.
 
         Args:
-            q_BWND: the last queries, after RoPE.
-            k_BHSD: stored keys, after RoPE, in order of position.
-            pos_BHS: int32 absolute positions, -1 where empty.
-            position_BW: int32 absolute positions of the queries, -1 where there is none.
-            protected_BHS: tokens that are kept anyway, whose scores must not spread to their neighbours.
-            sliding: the model's sliding window in tokens, or None.
+            seen: a layer's tokens and what it knows of them.
 
         Returns:
-            (B, H, S) fp32.
+            (B, H, S) fp32; what it says of empty places and protected tokens does not matter.
         """
         ...
 
@@ -66,11 +98,10 @@ class WindowAttention:
         Li et al., SnapKV, 2024, section 4.
 
     Example:
-        >>> import torch
-        >>> scorer = WindowAttention(window=1, ahead=1, behind=0)
         >>> k, pos = torch.tensor([9.0, 0, 0, 0]).view(1, 1, 4, 1), torch.arange(4, dtype=torch.int32).view(1, 1, 4)
-        >>> score = scorer(torch.ones(1, 1, 1, 1), k, pos, pos[0, :, 3:], pos >= 3, None)
-        >>> (score > 0.9).tolist()
+        >>> new = {"q_BTND": torch.ones(1, 1, 1, 1), "position_BT": pos[0, :, 3:], "protected_BHS": pos >= 3}
+        >>> seen = Observation(k_BHSD=k, v_BHSD=k, pos_BHS=pos, sliding=None, layer=0, **new)
+        >>> (WindowAttention(window=1, ahead=1, behind=0)(seen) > 0.9).tolist()
         [[[True, True, False, False]]]
     """
 
@@ -80,27 +111,20 @@ class WindowAttention:
     ahead: int = 3
     behind: int = 3
 
-    def __call__(
-        self,
-        q_BWND: Tensor,
-        k_BHSD: Tensor,
-        pos_BHS: Tensor,
-        position_BW: Tensor,
-        protected_BHS: Tensor,
-        sliding: int | None,
-    ) -> Tensor:
+    def __call__(self, seen: Observation) -> Tensor:
         """Score by attention."""
+        q_BWND, position_BW = seen.last(self.window)
         return window_scores(
             q_BWND,
-            k_BHSD,
-            pos_BHS,
+            seen.k_BHSD,
+            seen.pos_BHS,
             position_BW,
             rows=self.rows,
             group=self.group,
             ahead=self.ahead,
             behind=self.behind,
-            protected_BHS=protected_BHS,
-            window=sliding,
+            protected_BHS=seen.protected_BHS,
+            window=seen.sliding,
         )
 
 
@@ -112,25 +136,15 @@ class Position:
         Xiao et al., StreamingLLM, 2023: with protected sinks, only recency decides.
 
     Example:
-        >>> import torch
-        >>> pos = torch.tensor([[[0, 1, 2]]])
-        >>> Position()(torch.empty(1, 0, 1, 1), torch.empty(1, 1, 3, 1), pos, torch.empty(1, 0), pos < 0, None).tolist()
+        >>> k, pos = torch.zeros(1, 1, 3, 1), torch.tensor([[[0, 1, 2]]])
+        >>> seen = {"k_BHSD": k, "v_BHSD": k, "pos_BHS": pos, "protected_BHS": pos < 0, "sliding": None, "layer": 0}
+        >>> Position()(Observation(q_BTND=k.transpose(1, 2), position_BT=pos[0], **seen)).tolist()
         [[[0.0, 1.0, 2.0]]]
     """
 
-    window: int = 0
-
-    def __call__(
-        self,
-        q_BWND: Tensor,
-        k_BHSD: Tensor,
-        pos_BHS: Tensor,
-        position_BW: Tensor,
-        protected_BHS: Tensor,
-        sliding: int | None,
-    ) -> Tensor:
+    def __call__(self, seen: Observation) -> Tensor:
         """Score by position."""
-        return pos_BHS.float()
+        return seen.pos_BHS.float()
 
 
 @dataclass(frozen=True)
@@ -144,27 +158,16 @@ class KeyDifference:
         Park et al., KeyDiff, 2025.
 
     Example:
-        >>> import torch
-        >>> k = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 2.0]]).view(1, 1, 3, 2)
-        >>> pos = torch.arange(3, dtype=torch.int32).view(1, 1, 3)
-        >>> KeyDifference()(torch.empty(1, 0, 1, 2), k, pos, torch.empty(1, 0), pos < 0, None).argmax().item()
+        >>> k, pos = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 2.0]]).view(1, 1, 3, 2), torch.tensor([[[0, 1, 2]]])
+        >>> seen = {"k_BHSD": k, "v_BHSD": k, "pos_BHS": pos, "protected_BHS": pos < 0, "sliding": None, "layer": 0}
+        >>> KeyDifference()(Observation(q_BTND=k.transpose(1, 2), position_BT=pos[0], **seen)).argmax().item()
         2
     """
 
-    window: int = 0
-
-    def __call__(
-        self,
-        q_BWND: Tensor,
-        k_BHSD: Tensor,
-        pos_BHS: Tensor,
-        position_BW: Tensor,
-        protected_BHS: Tensor,
-        sliding: int | None,
-    ) -> Tensor:
+    def __call__(self, seen: Observation) -> Tensor:
         """Score by difference."""
         # Anything may be in an empty place, NaN included.
-        k_BHSD = k_BHSD.masked_fill((pos_BHS < 0)[..., None], 0)
+        k_BHSD = seen.k_BHSD.masked_fill((seen.pos_BHS < 0)[..., None], 0)
         unit_BHSD = torch.nn.functional.normalize(k_BHSD.float(), dim=-1)
         # The cosine does not care whether the anchor is a mean or a sum.
         anchor_BHD = torch.nn.functional.normalize(unit_BHSD.sum(2), dim=-1)

@@ -44,6 +44,7 @@ def build_method(spec: str, importance: Mapping[str, Tensor] | None = None) -> M
     Args:
         spec: a name, or a name with options: "headkv:beta=1.1,scores=r". Options are the keyword arguments of the
             method's `build` and `allocate`. Its scores go with the budgets of any other: "snapkv:allocator=headkv".
+            A method that changes others (its file has `wrap`) stands before the one that it changes, with a plus.
         importance: (L, N) query-head scores by kind ("r", "r2"), for budgets that need them.
 
     Returns:
@@ -59,10 +60,17 @@ def build_method(spec: str, importance: Mapping[str, Tensor] | None = None) -> M
         >>> build_method("snapkv:allocator=adakv,alpha=0.5").allocator
         LayerTopK(alpha=0.5, protected=32, compat=False)
     """
-    name, _, tail = spec.partition(":")
+    outer, plus, inner = spec.partition("+")
+    name, _, tail = outer.partition(":")
     if name not in method_names():
         raise ValueError(f"no cache method is called {name!r}: choose from {', '.join(method_names())}")
     module = _module(name)
+    if hasattr(module, "wrap"):
+        changed = build_method(inner if plus else module.CHANGES, importance)
+        method: Method = module.wrap(changed, **_read_options(name, tail, _option_types(module.wrap)))
+        return method
+    if plus:
+        raise ValueError(f"{name} is complete and changes no other method: {spec!r} makes no sense")
     parameters = inspect.signature(module.build).parameters
     allocate = _allocate(name, tail)
     types = _option_types(module.build)
@@ -83,7 +91,7 @@ def build_method(spec: str, importance: Mapping[str, Tensor] | None = None) -> M
         if _takes_importance(allocate):
             chosen["importance"] = importance or {}
         arguments["allocator"] = partial(allocate, **chosen)
-    method: Method = module.build(**arguments)
+    method = module.build(**arguments)
     return method
 
 
@@ -94,7 +102,10 @@ def needs_importance(spec: str) -> bool:
         >>> needs_importance("headkv:beta=2"), needs_importance("snapkv"), needs_importance("snapkv:allocator=headkv")
         (True, False, True)
     """
-    name, _, tail = spec.partition(":")
+    outer, plus, inner = spec.partition("+")
+    name, _, tail = outer.partition(":")
+    if name in method_names() and hasattr(_module(name), "wrap"):
+        return needs_importance(inner if plus else _module(name).CHANGES)
     try:
         allocate = _allocate(name, tail) if name in method_names() else None
     except ValueError:
@@ -130,7 +141,7 @@ def _takes_importance(allocate: Allocate) -> bool:
 
 def _option_types(function: Callable[..., object]) -> dict[str, str]:
     """Types of the arguments that a user may set."""
-    made_here = ("importance", "scoring", "allocator", "protected")
+    made_here = ("importance", "scoring", "allocator", "protected", "method")
     return {key: str(p.annotation) for key, p in inspect.signature(function).parameters.items() if key not in made_here}
 
 

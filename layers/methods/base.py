@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from layers.compress.allocators import Allocator, SharingAllocator
-from layers.compress.scorers import Scorer
+from layers.compress.scorers import Observation, Scorer
 
 Allocate = Callable[..., Allocator]
 """Makes an allocator, given `protected`: the tokens of every head that the method keeps whatever their score."""
@@ -57,39 +57,27 @@ class Method:
         """The allocator, if it shares layers out once their scores are known."""
         return self.allocator if isinstance(self.allocator, SharingAllocator) else None
 
-    def scores(
-        self,
-        q_BWND: Tensor,
-        k_BHSD: Tensor,
-        pos_BHS: Tensor,
-        position_BW: Tensor,
-        seen_B: Tensor,
-        sliding: int | None,
-    ) -> Tensor:
-        """The scorer's numbers, infinite for tokens that are kept whatever their score.
+    def protects(self, pos_BHS: Tensor, seen_B: Tensor) -> Tensor:
+        """Which tokens are kept whatever their score.
 
         Args:
-            q_BWND: the last queries, after RoPE; as many as the scorer's window, or all if there are fewer.
-            k_BHSD: stored keys, after RoPE, in order of position.
             pos_BHS: int32 absolute positions, -1 where empty.
-            position_BW: int32 absolute positions of the queries, -1 where there is none.
-            seen_B: int, tokens seen, these included.
-            sliding: the model's sliding window in tokens, or None.
+            seen_B: int, tokens seen so far.
 
         Returns:
-            (B, H, S) fp32.
+            (B, H, S) bool; what it says of empty places does not matter.
 
         Example:
             >>> import torch
             >>> from layers.methods import build_method
-            >>> pos, nothing = torch.arange(4, dtype=torch.int32).view(1, 1, 4), torch.empty(1, 0, 1, 2)
-            >>> keys, none = torch.ones(1, 1, 4, 2), torch.empty(1, 0, dtype=torch.int32)
-            >>> build_method("streaming:sinks=1").scores(nothing, keys, pos, none, torch.tensor([4]), None)
-            tensor([[[inf, 1., 2., inf]]])
+            >>> build_method("streaming:sinks=1").protects(torch.arange(4).view(1, 1, 4), torch.tensor([4])).tolist()
+            [[[True, False, False, True]]]
         """
-        protected_BHS = (pos_BHS < self.sinks) | (pos_BHS >= seen_B[:, None, None] - self.recent)
-        score_BHS = self.scorer(q_BWND, k_BHSD, pos_BHS, position_BW, protected_BHS, sliding)
-        return score_BHS.masked_fill(protected_BHS, float("inf"))
+        return (pos_BHS < self.sinks) | (pos_BHS >= seen_B[:, None, None] - self.recent)
+
+    def scores(self, seen: Observation) -> Tensor:
+        """The scorer's numbers (B, H, S), infinite for tokens that are kept whatever their score."""
+        return self.scorer(seen).masked_fill(seen.protected_BHS, float("inf"))
 
     def most(self, keep: Tensor, prompt: int) -> Tensor:
         """The most tokens that any head may come to keep, known before any score is.

@@ -25,8 +25,8 @@ def build(*, allocator: Allocate = uniform, sinks: int = 0, recent: int = 1) -> 
         Resource-Constrained Environments, 2025.
 
     Example:
-        >>> build().scorer.window
-        0
+        >>> build().protected
+        1
     """
     return Method(
         name="keydiff",
