@@ -28,7 +28,7 @@ from torch import Tensor
 
 from checkpoints import CheckpointError
 from recipes.needles import SPLITS, TASKS, NeedlePrompt, make_prompts
-from recipes.replay import Record, Replay
+from recipes.replay import Record, Replay, answer
 from zoo import Engine, Loaded, load, machine
 
 CACHES = ["headkv", "headkv:preset=published,beta=1.1", "snapkv", "snapkv:preset=tuned", "streaming"]
@@ -61,17 +61,17 @@ def check_with_engine(engine: Engine, prompt: NeedlePrompt, question: str, expec
 
 
 def evaluate(
-    loaded: Loaded,
+    record: Record,
     prompt: NeedlePrompt,
     *,
     question: str,
     engines: Mapping[str, Mapping[int, Engine]],
     verify: bool = False,
 ) -> dict[str, dict[str, list[float]]]:
-    """Evaluate caches on one prompt, which is prefilled once.
+    """Evaluate caches on one prompt.
 
     Args:
-        loaded: the model.
+        record: its dense prefill.
         prompt: the prompt.
         question: "seen" while compressing, or "unseen": asked in a second turn.
         engines: by cache and budget, in tokens per KV head.
@@ -84,21 +84,25 @@ def evaluate(
     Raises:
         AssertionError: replay and engine differ by more than rounding.
     """
-    context, later = (
-        (prompt.ids, []) if question == "seen" else (prompt.ids[: prompt.question], prompt.ids[prompt.question :])
-    )
-    record, answer = Record(loaded, context), prompt.lead + prompt.value
-    results: dict[str, dict[str, list[float]]] = {}
+    later = prompt.ids[prompt.question :] if question == "unseen" else []
+    seen = record.beginning(len(prompt.ids) - len(later)) if later else record
+    ids = prompt.lead + prompt.value
+    replays: dict[str, Replay] = {}
     for cache, by_budget in engines.items():
         method = next(iter(by_budget.values())).method
-        replay = Replay(record, method, list(by_budget), room=len(answer), later=len(later))
+        replays[cache] = Replay(seen, method, list(by_budget), room=len(ids), later=len(later))
         if later:
-            replay.extend(later)
-        for (budget, engine), logits_AV in zip(by_budget.items(), replay.answer(answer), strict=True):
-            if verify:
-                check_with_engine(engine, prompt, question, logits_AV)
-            hit, nll = value_scores(logits_AV, prompt)
-            results.setdefault(cache, {})[str(budget)] = [int(hit), round(nll, 5)]
+            replays[cache].extend(later)
+    # The full cache is larger than all others together: it decodes alone.
+    groups = [cache for cache in replays if cache == "full"], [cache for cache in replays if cache != "full"]
+    results: dict[str, dict[str, list[float]]] = {}
+    for group in filter(None, groups):
+        for cache, logits_BAV in zip(group, answer([replays[cache] for cache in group], ids), strict=True):
+            for (budget, engine), logits_AV in zip(engines[cache].items(), logits_BAV, strict=True):
+                if verify:
+                    check_with_engine(engine, prompt, question, logits_AV)
+                hit, nll = value_scores(logits_AV, prompt)
+                results.setdefault(cache, {})[str(budget)] = [int(hit), round(nll, 5)]
     return results
 
 
@@ -224,9 +228,8 @@ def run(loaded: Loaded, args: argparse.Namespace, origin: dict[str, Any]) -> lis
         All rows that the arguments ask for, old and new.
     """
     jobs = [
-        (tokens, question, task, number, prompt)
+        (tokens, task, number, prompt)
         for tokens in args.tokens
-        for question in args.question
         for task in args.tasks
         for number, prompt in enumerate(
             make_prompts(
@@ -241,62 +244,47 @@ def run(loaded: Loaded, args: argparse.Namespace, origin: dict[str, Any]) -> lis
         )
     ]
     rows, asked = read_rows(args.output), []
-    for tokens, question, task, number, prompt in track(jobs, "Needles", console=Console(stderr=True)):
-        digest = hashlib.sha256(
-            json.dumps([prompt.ids, prompt.question, prompt.lead, prompt.value]).encode()
-        ).hexdigest()
-        key = {"tokens": tokens, "question": question, "prompt_sha256": digest} | {
-            name: origin[name] for name in ("model", "dtype", "template_sha256")
-        }
-        done = [row for row in rows if key.items() <= row.items()]
-        pairs = {cache: args.budgets for cache in args.caches if cache != "full"} | {"full": [tokens]}
-        missing = {
-            cache: [b for b in budgets if not any(str(b) in row["results"].get(cache, {}) for row in done)]
-            for cache, budgets in pairs.items()
-        }
-        asked += done
-        if not any(missing.values()):
-            continue
-        engines = {
-            cache: {
-                budget: Engine(
-                    loaded,
-                    cache=cache,
-                    budget=budget,
-                    max_new_tokens=ROOM,
-                    max_context=tokens + ROOM,
-                    importance=args.importance,
-                )
-                for budget in budgets
+    for tokens, task, number, prompt in track(jobs, "Needles", console=Console(stderr=True)):
+        record: Record | None = None
+        parts = [prompt.ids, prompt.question, prompt.lead, prompt.value]
+        digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        for question in args.question:
+            key = {name: origin[name] for name in ("model", "dtype", "template_sha256")}
+            key |= {"tokens": tokens, "question": question, "prompt_sha256": digest}
+            done = [row for row in rows if key.items() <= row.items()]
+            asked += done
+            missing = _missing(args, tokens, done)
+            if not missing:
+                continue
+            started = time.perf_counter()
+            record = record or Record(loaded, prompt.ids)
+            sizes = {"max_new_tokens": ROOM, "max_context": tokens + ROOM, "importance": args.importance}
+            engines = {
+                cache: {budget: Engine(loaded, cache=cache, budget=budget, **sizes) for budget in budgets}
+                for cache, budgets in missing.items()
             }
-            for cache, budgets in missing.items()
-            if budgets
-        }
-        started = time.perf_counter()
-        results = evaluate(loaded, prompt, question=question, engines=engines, verify=number < args.verify)
-        row = (
-            origin
-            | key
-            | {
-                "split": args.split,
-                "task": task,
-                "kind": prompt.kind,
-                "seed": args.seed,
-                "index": number,
-                "seconds": round(time.perf_counter() - started, 2),
-                "mebibytes": {
-                    cache: {
-                        str(budget): round(engine.stats().nbytes / 2**20, 2) for budget, engine in by_budget.items()
-                    }
-                    for cache, by_budget in engines.items()
-                },
-                "results": results,
+            results = evaluate(record, prompt, question=question, engines=engines, verify=number < args.verify)
+            mebibytes = {
+                cache: {str(budget): round(engine.cache.nbytes / 2**20, 2) for budget, engine in by_budget.items()}
+                for cache, by_budget in engines.items()
             }
-        )
-        with args.output.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        asked.append(row)
+            row = origin | key | {"split": args.split, "task": task, "kind": prompt.kind, "seed": args.seed}
+            row |= {"index": number, "seconds": round(time.perf_counter() - started, 2)}
+            row |= {"mebibytes": mebibytes, "results": results}
+            with args.output.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            asked.append(row)
     return asked
+
+
+def _missing(args: argparse.Namespace, tokens: int, done: list[dict[str, Any]]) -> dict[str, list[int]]:
+    """Budgets by cache that no row has; the full cache is always asked for."""
+    wanted = {"full": [tokens]} | {cache: args.budgets for cache in args.caches if cache != "full"}
+    left = {
+        cache: [b for b in budgets if not any(str(b) in row["results"].get(cache, {}) for row in done)]
+        for cache, budgets in wanted.items()
+    }
+    return {cache: budgets for cache, budgets in left.items() if budgets}
 
 
 def main(argv: list[str] | None = None) -> int:

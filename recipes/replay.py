@@ -1,13 +1,14 @@
 """Prefill a prompt once and compress it in many ways: what makes a comparison of cache settings cheap.
 
 Prefill is nearly all of the cost of a needle prompt, and until a layer is compressed it does not depend on the cache.
-So one dense pass is recorded, and for every method each budget becomes a row of one arena, which then decodes all rows
-together. The outcome is that of `Engine.prefill`, `extend` and `step` for each setting; tests/test_recipes.py compares
-them.
+So one dense pass is recorded; for every method each budget becomes a row of an arena, and all arenas decode together.
+The outcome is that of `Engine.prefill`, `extend` and `step` for each setting; tests/test_recipes.py compares them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -42,18 +43,40 @@ class Record:
         ids: the prompt.
 
     Attributes:
+        ids: the prompt.
         layers: what each layer computed.
         logits_1V: of the token after the prompt.
     """
 
     @torch.inference_mode()
     def __init__(self, loaded: Loaded, ids: list[int]) -> None:
-        self.loaded, self.tokens = loaded, len(ids)
+        self.loaded, self.ids = loaded, ids
         self.layers: list[Layer] = []
         ids_1T = torch.tensor([ids], device=loaded.model.embed.weight.device)
         position_1T = torch.arange(len(ids), device=ids_1T.device)[None]
         x_1TE = loaded.model.hidden(ids_1T, loaded.model.rope(position_1T, len(ids)), self)
         self.logits_1V = loaded.model.logits(x_1TE[:, -1])
+
+    def beginning(self, tokens: int) -> Record:
+        """A record of the first tokens, without another prefill where RoPE does not depend on the prompt's length.
+
+        Its `logits_1V` stay those after the whole prompt: they are for who lets something follow.
+        """
+        frequencies = self.loaded.model.rope.frequencies
+        if not torch.equal(frequencies([tokens]), frequencies([len(self.ids)])):
+            return Record(self.loaded, self.ids[:tokens])
+        part = copy(self)
+        part.ids = self.ids[:tokens]
+        part.layers = [
+            Layer(
+                q_BTND=layer.q_BTND[:, :tokens],
+                k_BHSD=layer.k_BHSD[:, :, :tokens],
+                v_BHSD=layer.v_BHSD[:, :, :tokens],
+                sliding=layer.sliding,
+            )
+            for layer in self.layers
+        ]
+        return part
 
     def attend(self, layer_1: Tensor, q_BTND: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, window: int | None) -> Tensor:
         """Attend within the prompt; see `layers.cache.base.KVCache`."""
@@ -81,7 +104,9 @@ class Replay:
         later: tokens that further turns will add.
 
     Attributes:
+        record: the prefill.
         cache: ready to decode, row i holding what budget i keeps.
+        frequencies_Bd: of RoPE, radians per token.
         logits_BV: of the token after what was taken in so far.
     """
 
@@ -89,19 +114,19 @@ class Replay:
     def __init__(self, record: Record, method: Method, budgets: list[int], *, room: int, later: int = 0) -> None:
         config, model = record.loaded.config, record.loaded.model
         k_BHSD, rows = record.layers[0].k_BHSD, len(budgets)
-        self._record, self._method, self._budgets, self._room = record, method, budgets, room
-        self._frequencies_Bd = model.rope.frequencies([record.tokens] * rows).to(k_BHSD.device)
-        self._seen = record.tokens
+        self.record, self._method, self._budgets, self._room = record, method, budgets, room
+        self.frequencies_Bd = model.rope.frequencies([len(record.ids)] * rows).to(k_BHSD.device)
+        self._seen = len(record.ids)
         shape = ArenaShape(
             batch=rows,
             num_layers=config.num_layers,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
-            slots=int((self._keep(record.tokens + later) + room).sum((1, 2)).max()),
+            slots=int((self._keep(len(record.ids) + later) + room).sum((1, 2)).max()),
             dtype=k_BHSD.dtype,
         )
         self.cache = ArenaCache(shape, k_BHSD.device)
-        chunk = _Replay(self.cache, method, **self._arguments(record.tokens, record.tokens))
+        chunk = _Replay(self.cache, method, **self._arguments(len(record.ids), len(record.ids)))
         pos_BHS = chunk.position_BT[:, None].expand(rows, config.num_kv_heads, -1)
         for index, layer in enumerate(record.layers):
             q_BTND, k_BHSD, v_BHSD = (x.expand(rows, -1, -1, -1) for x in (layer.q_BTND, layer.k_BHSD, layer.v_BHSD))
@@ -111,7 +136,7 @@ class Replay:
         self.logits_BV = record.logits_1V.expand(rows, -1)
 
     def _keep(self, tokens: int) -> Tensor:
-        config = self._record.loaded.config
+        config = self.record.loaded.config
         sizes = {"num_layers": config.num_layers, "num_kv_heads": config.num_kv_heads}
         return torch.stack([self._method.allocator(budget=b, prompt=tokens, **sizes) for b in self._budgets])
 
@@ -121,38 +146,63 @@ class Replay:
             "keep_BLH": self._keep(seen),
             "room": [self._room] * rows,
             "new_tokens": [new] * rows,
-            "outputs": [block.attention.out for block in cast("list[Block]", self._record.loaded.model.blocks)],
-            "frequencies_Bd": self._frequencies_Bd,
+            "outputs": [block.attention.out for block in cast("list[Block]", self.record.loaded.model.blocks)],
+            "frequencies_Bd": self.frequencies_Bd,
         }
 
     @torch.inference_mode()
     def extend(self, ids: list[int]) -> None:
         """Take in a further turn, the same in every row."""
-        model, rows = self._record.loaded.model, len(self._budgets)
+        model, rows = self.record.loaded.model, len(self._budgets)
         self._seen += len(ids)
         chunk = PromptPass(self.cache, self._method, **self._arguments(self._seen, len(ids)))
-        rotation = model.rope.rotation(chunk.position_BT, self._frequencies_Bd)
+        rotation = model.rope.rotation(chunk.position_BT, self.frequencies_Bd)
         x_BTE = model.hidden(torch.tensor([ids] * rows, device=self.cache.k.device), rotation, chunk)
         chunk.finish()
         self.logits_BV = model.logits(x_BTE[:, -1])
 
-    @torch.inference_mode()
-    def answer(self, ids: list[int]) -> Tensor:
-        """Decode a given answer.
 
-        Args:
-            ids: A token ids.
+@torch.inference_mode()
+def answer(replays: Sequence[Replay], ids: list[int]) -> list[Tensor]:
+    """Decode a given answer through the caches of several replays of one model, all together.
 
-        Returns:
-            (B, A, V) logits, those at a predicting answer token a from the prompt and the answer before it.
-        """
-        model, cache, rows = self._record.loaded.model, self.cache, len(self._budgets)
-        active_B = torch.ones(rows, dtype=torch.bool, device=cache.k.device)
-        logits = [self.logits_BV]
-        for token in ids[:-1]:
-            cache.begin_step(active_B)
-            token_B1 = torch.full((rows, 1), token, device=cache.k.device)
-            rotation = model.rope.rotation(cache.position[:, None], self._frequencies_Bd)
-            logits.append(model.logits(model.hidden(token_B1, rotation, cache)[:, -1]))
-            cache.end_step()
-        return torch.stack(logits, dim=1)
+    Args:
+        replays: prompts in caches.
+        ids: A token ids.
+
+    Returns:
+        Per replay (B, A, V) logits, those at a predicting answer token a from the prompt and the answer before it.
+    """
+    model, cache = replays[0].record.loaded.model, _joined([replay.cache for replay in replays])
+    frequencies_Bd = torch.cat([replay.frequencies_Bd for replay in replays])
+    rows = [len(replay.logits_BV) for replay in replays]
+    active_B = torch.ones(sum(rows), dtype=torch.bool, device=cache.k.device)
+    logits = [torch.cat([replay.logits_BV for replay in replays])]
+    for token in ids[:-1]:
+        cache.begin_step(active_B)
+        token_B1 = torch.full((sum(rows), 1), token, device=cache.k.device)
+        rotation = model.rope.rotation(cache.position[:, None], frequencies_Bd)
+        logits.append(model.logits(model.hidden(token_B1, rotation, cache)[:, -1]))
+        cache.end_step()
+    return list(torch.stack(logits, dim=1).split(rows))
+
+
+def _joined(caches: Sequence[ArenaCache]) -> ArenaCache:
+    """One cache with the rows of several, as wide as the widest."""
+    shape = replace(
+        caches[0].shape,
+        batch=sum(cache.shape.batch for cache in caches),
+        slots=max(cache.shape.slots for cache in caches),
+    )
+    joined = ArenaCache(shape, caches[0].k.device, most=max(cache.most for cache in caches))
+    first = 0
+    for cache in caches:
+        rows = joined.first(first + cache.shape.batch)
+        for name, tensor in vars(cache).items():
+            if isinstance(tensor, Tensor) and len(tensor) == cache.shape.batch:
+                part = getattr(rows, name)[first:]
+                if tensor.ndim > 1 and tensor.shape[1] == cache.shape.slots:
+                    part = part[:, : cache.shape.slots]
+                part.copy_(tensor)
+        first += cache.shape.batch
+    return joined

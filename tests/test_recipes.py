@@ -17,7 +17,7 @@ import recipes.eval_needles as eval_needles
 import recipes.perplexity as perplexity
 from checkpoints import CheckpointError, config_hash, read_importance
 from recipes.needles import SPLITS, TASKS, NeedlePrompt, make_prompt, make_prompts
-from recipes.replay import Record, Replay
+from recipes.replay import Record, Replay, answer
 from tests import tiny, tiny_chat
 from zoo import Engine, Loaded
 
@@ -161,20 +161,24 @@ SPECS = [
 def test_replay_equals_the_engine(loaded: Loaded, importance: Path, spec: str, question: str) -> None:
     made = prompt()
     ids, more = (made.ids, []) if question == "seen" else (made.ids[: made.question], made.ids[made.question :])
-    answer, budgets = made.lead + made.value, [LENGTH] if spec == "full" else [12, 40]
+    said, budgets = made.lead + made.value, [LENGTH] if spec == "full" else [12, 40]
     engines = [
-        Engine(loaded, cache=spec, budget=budget, max_new_tokens=len(answer), importance=importance)
-        for budget in budgets
+        Engine(loaded, cache=spec, budget=budget, max_new_tokens=len(said), importance=importance) for budget in budgets
     ]
-    replay = Replay(Record(loaded, ids), engines[0].method, budgets, room=len(answer), later=len(more))
-    if more:
-        replay.extend(more)
-    replayed = replay.answer(answer)
+    record = Record(loaded, made.ids).beginning(len(ids))
+    replays = [
+        Replay(record, engines[0].method, budgets[::order], room=len(said), later=len(more)) for order in (-1, 1)
+    ]
+    for replay in replays:
+        if more:
+            replay.extend(more)
+    backwards, replayed = answer(replays, said)
+    torch.testing.assert_close(backwards.flip(0), replayed)
     for engine, logits_AV in zip(engines, replayed, strict=True):
         logits = engine.prefill([ids])
         if more:
             logits = engine.extend([more])
-        steps = [logits, *(engine.step([token]) for token in answer[:-1])]
+        steps = [logits, *(engine.step([token]) for token in said[:-1])]
         torch.testing.assert_close(torch.cat(steps), logits_AV, atol=1e-5, rtol=0)
     if spec != "full":
         assert (replayed[0] - replayed[1]).abs().max() > 1e-3  # a small budget does change something
@@ -257,9 +261,9 @@ def test_evaluation_adds_what_is_missing_and_makes_a_table(
     assert len(rows) == 2 * 2 * 3
     assert {row["seed"] for row in rows} == {7} and {row["question"] for row in rows} == {"seen", "unseen"}
     assert {cache: list(row) for cache, row in rows[0]["results"].items()} == {
+        "full": [str(LENGTH)],
         "headkv:window=8": ["16", "24"],
         "adakv:preset=tuned": ["16", "24"],
-        "full": [str(LENGTH)],
     }
     assert all("--verify 1" in row["command"] and row["template_sha256"] == "none" for row in rows)
     assert table.read_text().count("`headkv:window=8`") == 2 * 2
