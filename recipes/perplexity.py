@@ -1,7 +1,9 @@
-"""How much weights of lower precision cost: perplexity on the same text, and the difference with its interval.
+"""How much weights of lower precision, or a compressed context, cost: perplexity on the same text, and the difference.
 
 The text is the reference manual that ships inside Python (`pydoc_data.topics`, PSF licence): prose that nobody has to
-download. Absolute perplexities on it say little; what counts is the difference, paired window by window.
+download. Absolute perplexities on it say little; what counts is the difference, paired window by window, with its
+interval. With a cache, a window is read in chunks: each is scored through what the cache kept of the chunks before it,
+then compressed itself. The first chunk, which has nothing before it, is not counted.
 """
 
 from __future__ import annotations
@@ -10,13 +12,14 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from checkpoints.resolve import DEFAULT_MODEL
-from zoo import cli, load
+from zoo import Engine, cli, load
 from zoo.load import DTYPES, Loaded
 
 
@@ -44,10 +47,40 @@ def windows(loaded: Loaded, count: int, tokens: int) -> list[list[int]]:
 
 
 @torch.inference_mode()
-def nll(loaded: Loaded, ids: Sequence[int]) -> float:
-    """Mean negative log-likelihood of every token but the first, in nats."""
-    logits_TV = loaded.model(torch.tensor([ids]))[0, :-1].float()
-    return F.cross_entropy(logits_TV, torch.tensor(ids[1:])).item()
+def nll(loaded: Loaded, ids: Sequence[int], start: int = 1) -> float:
+    """Mean negative log-likelihood, in nats, of all tokens from one on.
+
+    Args:
+        loaded: the model.
+        ids: the window.
+        start: the first token to count, at least 1.
+    """
+    return _mean_nll(loaded.model(torch.tensor([ids]))[0], ids, start)
+
+
+@torch.inference_mode()
+def compressed_nll(engine: Engine, ids: Sequence[int], chunk: int) -> float:
+    """The same of all tokens after the first chunk, the chunks before each one compressed.
+
+    Args:
+        engine: whose cache compresses.
+        ids: the window, longer than a chunk.
+        chunk: tokens that are read at a time.
+    """
+    states_1TE: list[torch.Tensor] = []
+    last = engine.model.blocks[-1]
+    hook = last.register_forward_hook(lambda block, arguments, x_1TE: states_1TE.append(x_1TE))
+    try:
+        engine.prefill([ids[:chunk]])
+        for first in range(chunk, len(ids), chunk):
+            engine.extend([ids[first : first + chunk]])
+    finally:
+        hook.remove()
+    return _mean_nll(engine.model.logits(torch.cat(states_1TE, 1))[0], ids, chunk)
+
+
+def _mean_nll(logits_TV: torch.Tensor, ids: Sequence[int], start: int) -> float:
+    return F.cross_entropy(logits_TV[start - 1 : -1].float(), torch.tensor(ids[start:])).item()
 
 
 def compare(base: Sequence[float], other: Sequence[float]) -> dict[str, float]:
@@ -93,24 +126,37 @@ def _main(argv: Sequence[str] | None) -> None:
     parser = cli.Parser(prog="python -m recipes.perplexity", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default=DEFAULT_MODEL, metavar="M", help="as for zoo.chat (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the base (default: %(default)s)")
-    parser.add_argument("--against", choices=[*DTYPES, "int8"], default="int8", help="default: %(default)s")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--against", choices=[*DTYPES, "int8"], default="int8", help="weights (default: %(default)s)")
+    other.add_argument("--cache", metavar="C", help="against the same weights with this cache, as for zoo.chat")
+    parser.add_argument("--budget", metavar="B", help="of the cache, as for zoo.chat")
+    parser.add_argument("--chunk", type=whole, default=256, help="tokens compressed at a time (default: %(default)s)")
     parser.add_argument("--windows", type=whole, default=24, help="default: %(default)s")
     parser.add_argument("--tokens", type=whole, default=1024, help="per window (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     args = parser.parse_args(argv)
     if args.output and not args.output.parent.is_dir():
         raise ValueError(f"--output {args.output} cannot be written: there is no folder {args.output.parent}")
+    if args.cache is None and args.budget is not None:
+        raise ValueError("--budget is a cache's: give --cache too")
+    if args.cache is not None and args.chunk >= args.tokens:
+        raise ValueError(f"windows of {args.tokens} tokens hold no second chunk of {args.chunk}: lower --chunk")
     base = load(args.model, dtype=args.dtype)
-    if args.against == "int8":
-        other = load(args.model, dtype=args.dtype, weights="int8")
+    if args.cache is not None:
+        args.against = args.cache if args.budget is None else f"{args.cache} at {args.budget}"
+        engine = Engine(base, cache=args.cache, budget=args.budget, max_context=args.tokens, max_new_tokens=1)
+        first, score = args.chunk, partial(compressed_nll, engine, chunk=args.chunk)
     else:
-        other = load(args.model, dtype=args.against)
+        weights = {"weights": "int8", "dtype": args.dtype} if args.against == "int8" else {"dtype": args.against}
+        first, score = 1, partial(nll, load(args.model, **weights))
 
     from rich.progress import track
 
     texts = windows(base, args.windows, args.tokens)
-    scores = [(nll(base, ids), nll(other, ids)) for ids in track(texts, "windows", disable=not sys.stderr.isatty())]
-    settings = {key: value for key, value in vars(args).items() if key != "output"}
+    shown = track(texts, "windows", disable=not sys.stderr.isatty())
+    scores = [(nll(base, ids, first), score(ids=ids)) for ids in shown]
+    unused = {"output"} if args.cache is not None else {"output", "cache", "budget", "chunk"}
+    settings = {key: value for key, value in vars(args).items() if key not in unused}
     result = settings | compare(*(list(column) for column in zip(*scores, strict=True)))
     if args.output:
         args.output.write_text(json.dumps(result) + "\n")

@@ -325,6 +325,18 @@ def test_perplexity(tmp_path, capsys):
     assert other["perplexity"] == same["perplexity"] != other["other_perplexity"]
     assert other["difference_low_percent"] < other["difference_percent"] < other["difference_high_percent"]
     capsys.readouterr()
-    for wrong in (["--windows", "1"], ["--against", "int4"], ["--bogus"], ["--output", "/nowhere/x.json"]):
+    alone = (["--windows", "1"], ["--against", "int4"], ["--bogus"], ["--output", "/nowhere/x.json"], ["--budget", "9"])
+    for wrong in (*alone, ["--cache", "full", "--chunk", "20"], ["--cache", "full", "--against", "int8"]):
         assert perplexity.main([*options, *wrong]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_perplexity_with_the_context_compressed(tmp_path):
+    model, output = str(tiny_chat.write(tmp_path / "tiny")), tmp_path / "figures.json"
+    options = ["--model", model, "--windows", "3", "--tokens", "50", "--chunk", "8", "--output", str(output), "--cache"]
+    assert perplexity.main([*options, "full"]) == 0
+    full = json.loads(output.read_text())
+    assert full["other_perplexity"] == pytest.approx(full["perplexity"], rel=1e-5) and full["cache"] == "full"
+    assert perplexity.main([*options, "streaming:sinks=1", "--budget", "3"]) == 0
+    less = json.loads(output.read_text())
+    assert less["perplexity"] == full["perplexity"] and abs(less["difference_percent"]) > 0.01

@@ -199,14 +199,14 @@ def test_gold_scores_one_and_another_examples_gold_nothing(family):
 # --- lm-eval
 
 
-def test_lm_eval_runs_every_task_file_and_scores_gold(tmp_path, monkeypatch):
+def test_lm_eval_runs_every_task_file_and_scores_gold():
     pytest.importorskip("lm_eval")
     from lm_eval import simple_evaluate
     from lm_eval.api.model import LM
     from lm_eval.tasks import TaskManager
 
     given = {"tokenizer": DEFAULT_MODEL, "length": 1024, "examples": 2, "seed": 7}
-    manager = TaskManager(include_path=str(TASKS), metadata=given)
+    manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata=given)
 
     def scores(model):
         results = simple_evaluate(model, tasks=["zoo_ruler"], task_manager=manager, bootstrap_iters=0)
