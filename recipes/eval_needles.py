@@ -155,57 +155,80 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
         *(f"    {command}" for command in sorted({row["command"] for part in parts.values() for row in part})),
     ]
     for (tokens, question), part in sorted(parts.items()):
-        pooled: dict[tuple[int, str], _Pooled] = {}
-        for row in part:
-            for cache, by_budget in row["results"].items():
-                for budget, (hit, nll) in by_budget.items():
-                    pooled.setdefault((int(budget), cache), _Pooled()).add(row, hit, nll)
-        full = pooled.pop(next(key for key in pooled if key[1] == "full"))
-        mebibytes = {cache: sizes for row in part for cache, sizes in row["mebibytes"].items()}
+        cells = pool(part)
+        full = cells.pop((tokens, "full"))
         tasks, kinds = (" ".join(dict.fromkeys(row[name] for row in part)) for name in ("task", "kind"))
         lines += ["", f"## {tokens:,} tokens, question {question}, {len(full.results)} prompts", ""]
         lines += [f"| tokens per KV head | MiB | cache | accuracy | of full | ΔNLL | {tasks} | {kinds} |"]
-        lines += ["|---" * 8 + "|", full.line("all", mebibytes["full"][str(tokens)], "full", full)]
-        lines += [
-            of.line(str(budget), mebibytes[cache][str(budget)], cache, full)
-            for (budget, cache), of in sorted(pooled.items(), key=lambda item: item[0])
-        ]
+        lines += ["|---" * 8 + "|", full.line("all", "full", full)]
+        lines += [cell.line(str(budget), cache, full) for (budget, cache), cell in sorted(cells.items())]
     return "\n".join(lines) + "\n"
 
 
-class _Pooled:
-    """What a cache did on several prompts."""
+def pool(rows: Iterable[dict[str, Any]]) -> dict[tuple[int, str], Pooled]:
+    """What every cache did, by budget and name, on prompts of one length and one way of asking."""
+    cells: dict[tuple[int, str], Pooled] = {}
+    for row in rows:
+        for cache, by_budget in row["results"].items():
+            for budget, (hit, nll) in by_budget.items():
+                cell = cells.setdefault((int(budget), cache), Pooled(row["mebibytes"][cache][budget]))
+                cell.add(row, hit, nll)
+    return cells
 
-    def __init__(self) -> None:
+
+class Pooled:
+    """What a cache did on several prompts.
+
+    Args:
+        mebibytes: that the cache takes.
+
+    Attributes:
+        results: whether the answer was right and its negative log-likelihood in nats per token, by prompt.
+    """
+
+    def __init__(self, mebibytes: float) -> None:
+        self.mebibytes = mebibytes
         self.results: dict[str, tuple[int, float]] = {}
-        self.groups: dict[str, dict[str, list[int]]] = {"task": {}, "kind": {}}
+        self._groups: dict[str, dict[str, list[int]]] = {"task": {}, "kind": {}}
 
     def add(self, row: dict[str, Any], hit: int, nll: float) -> None:
-        if row["prompt_sha256"] in self.results:
-            return
-        self.results[row["prompt_sha256"]] = hit, nll
-        for name, group in self.groups.items():
-            group.setdefault(row[name], []).append(hit)
+        """Count a prompt, once."""
+        if row["prompt_sha256"] not in self.results:
+            self.results[row["prompt_sha256"]] = hit, nll
+            for name, group in self._groups.items():
+                group.setdefault(row[name], []).append(hit)
 
-    def line(self, budget: str, mebibytes: float, cache: str, full: _Pooled) -> str:
-        hits, count = sum(hit for hit, _ in self.results.values()), len(self.results)
-        of_full = sum(full.results[prompt][0] for prompt in self.results)
-        low, high = wilson(hits, count)
-        accuracy = f"{hits}/{count} = {hits / count:.2f} [{low:.2f}, {high:.2f}]"
-        extra = [nll - full.results[prompt][1] for prompt, (_, nll) in self.results.items()]
-        below, above = bootstrap(extra)
-        change = f"{sum(extra) / count:+.3f} [{below:+.3f}, {above:+.3f}]"
+    @property
+    def hits(self) -> int:
+        """Right answers."""
+        return sum(hit for hit, _ in self.results.values())
+
+    def accuracy(self) -> tuple[float, float, float]:
+        """Share of right answers and its 95 % interval."""
+        return self.hits / len(self.results), *wilson(self.hits, len(self.results))
+
+    def more_nll(self, full: Pooled) -> tuple[float, float, float]:
+        """Nats per token above the full cache on the same prompts, and their 95 % interval."""
+        more = [nll - full.results[prompt][1] for prompt, (_, nll) in self.results.items()]
+        return sum(more) / len(more), *bootstrap(more)
+
+    def line(self, budget: str, cache: str, full: Pooled) -> str:
+        """A row of the table."""
+        share, low, high = self.accuracy()
+        accuracy = f"{self.hits}/{len(self.results)} = {share:.2f} [{low:.2f}, {high:.2f}]"
         if self is full:
-            change = f"(NLL {sum(nll for _, nll in full.results.values()) / count:.3f})"
-        tasks, kinds = (
-            " ".join(f"{sum(hits)}/{len(hits)}" for hits in group.values()) for group in self.groups.values()
-        )
-        share = f"{hits / of_full:.0%}" if of_full else "-"
-        return f"| {budget} | {mebibytes:.1f} | `{cache}` | {accuracy} | {share} | {change} | {tasks} | {kinds} |"
+            change = f"(NLL {sum(nll for _, nll in self.results.values()) / len(self.results):.3f})"
+        else:
+            change = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*self.more_nll(full))
+        of_full = sum(full.results[prompt][0] for prompt in self.results)
+        part = f"{self.hits / of_full:.0%}" if of_full else "-"
+        fractions = (" ".join(f"{sum(x)}/{len(x)}" for x in group.values()) for group in self._groups.values())
+        cells = budget, f"{self.mebibytes:.1f}", f"`{cache}`", accuracy, part, change, *fractions
+        return f"| {' | '.join(cells)} |"
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a results file; none if there is no file.
+def read_rows(path: Path, columns: tuple[str, ...] = ("results", "prompt_sha256")) -> list[dict[str, Any]]:
+    """Rows of a results file, each with at least some columns; none if there is no file.
 
     Raises:
         ValueError: a line is no row; says which.
@@ -214,9 +237,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
         try:
             row = json.loads(line)
-            row["results"], row["prompt_sha256"]
+            for column in columns:
+                row[column]
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path}, line {number}: not a row of this recipe; repair or remove it") from None
+            raise ValueError(
+                f"{path}, line {number}: not a row with {' and '.join(columns)}; mend or remove it"
+            ) from None
         rows.append(row)
     return rows
 
@@ -269,7 +295,7 @@ def run(loaded: Loaded, args: argparse.Namespace, origin: dict[str, Any]) -> lis
                 for cache, by_budget in engines.items()
             }
             row = origin | key | {"split": args.split, "task": task, "kind": prompt.kind, "seed": args.seed}
-            row |= {"index": number, "seconds": round(time.perf_counter() - started, 2)}
+            row |= {"index": number, "depth": prompt.depth, "seconds": round(time.perf_counter() - started, 2)}
             row |= {"mebibytes": mebibytes, "results": results}
             with args.output.open("a") as file:
                 file.write(json.dumps(row) + "\n")

@@ -276,7 +276,7 @@ def test_evaluation_adds_what_is_missing_and_makes_a_table(
     assert "`keydiff`" in table.read_text() and "`full`" in table.read_text()
     output.write_text(output.read_text() + "{}\n")
     assert eval_needles.main([*arguments, "--caches", "keydiff"]) == 2
-    assert "out.jsonl, line 25: not a row" in capsys.readouterr().err
+    assert "out.jsonl, line 25: not a row with results" in capsys.readouterr().err
 
 
 def test_the_shipped_scores_are_those_of_the_default_model() -> None:

@@ -1,0 +1,200 @@
+"""Pictures of what was measured, and one HTML page that shows them all.
+
+    python -m recipes.plot --needles recipes/results/needles.jsonl --peers recipes/results/bench_peers.jsonl
+
+Quality against bytes for every cache, needles by depth, and decoding time by context beside other programs. The page
+needs no other file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import html
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from recipes.eval_needles import pool, read_rows
+
+DEPTHS = 5
+MARKERS = "osD^v<>PX*phd"
+
+
+def _style(number: int) -> dict[str, Any]:
+    return {"color": plt.get_cmap("tab20")(number % 20), "marker": MARKERS[number % len(MARKERS)], "markersize": 5}
+
+
+def quality(rows: list[dict[str, Any]]) -> Figure:
+    """Accuracy and log-likelihood against the bytes of the cache, a line per method, the full cache as a dotted line.
+
+    Args:
+        rows: of `eval_needles`, all of one length and one way of asking.
+    """
+    cells, first = pool(rows), rows[0]
+    full = cells.pop((first["tokens"], "full"))
+    right_answers = Counter({cache: 0 for _, cache in cells})
+    for (_, cache), cell in cells.items():
+        right_answers[cache] += cell.hits
+    caches = [cache for cache, _ in right_answers.most_common()]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(14, 6.5), layout="constrained")
+    for number, cache in enumerate(caches):
+        line = [cell for (_, name), cell in sorted(cells.items()) if name == cache]
+        apart = 1 + 0.008 * (number - len(caches) / 2)
+        size = [cell.mebibytes * apart for cell in line]
+        for axes, values in ((left, [c.accuracy() for c in line]), (right, [c.more_nll(full) for c in line])):
+            middle, low, high = zip(*values, strict=True)
+            axes.plot(size, middle, label=cache, linewidth=1.4, **_style(number))
+            axes.vlines(size, low, high, color=_style(number)["color"], alpha=0.35, linewidth=1)
+    left.axhline(full.accuracy()[0], color="black", linestyle=":", label="full")
+    right.axhline(0, color="black", linestyle=":")
+    left.set_title("accuracy")
+    right.set_title("ΔNLL, nats per token (logarithmic beyond 0.1)")
+    right.set_yscale("symlog", linthresh=0.1)
+    ticks = sorted({cell.mebibytes for cell in cells.values()})
+    for axes in (left, right):
+        axes.set_xscale("log")
+        axes.set_xticks(ticks, [f"{x:.1f}" for x in ticks], rotation=60, fontsize=8)
+        axes.minorticks_off()
+        axes.set_xlabel("MiB of cache, room for the answer included; points moved apart a little")
+        axes.grid(alpha=0.25)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    figure.suptitle(
+        f"Needles, {first['model']}, {first['tokens']:,} tokens, question {first['question']}, split {first['split']}, "
+        f"{len(full.results)} prompts; vertical lines: 95 % intervals"
+    )
+    return figure
+
+
+def depths(rows: list[dict[str, Any]], budget: int) -> Figure:
+    """Accuracy by depth of the needle, a line of cells per cache and length of prompt.
+
+    Args:
+        rows: of `eval_needles`, all of one way of asking.
+        budget: tokens per KV head.
+    """
+    cells: dict[tuple[str, int], list[list[int]]] = {}
+    for row in rows:
+        for cache, by_budget in row["results"].items():
+            wanted = str(row["tokens"]) if cache == "full" else str(budget)
+            if wanted in by_budget:
+                line = cells.setdefault((cache, row["tokens"]), [[] for _ in range(DEPTHS)])
+                line[min(int(row["depth"] * DEPTHS), DEPTHS - 1)].append(by_budget[wanted][0])
+    names = sorted(cells, key=lambda key: (key[0] != "full", key))
+    share = [[sum(hits) / len(hits) if hits else float("nan") for hits in cells[name]] for name in names]
+    figure, axes = plt.subplots(figsize=(8, 1.6 + 0.3 * len(names)), layout="constrained")
+    image = axes.imshow(share, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    for y, name in enumerate(names):
+        for x, hits in enumerate(cells[name]):
+            axes.text(x, y, f"{sum(hits)}/{len(hits)}", ha="center", va="center", fontsize=8)
+    axes.set_yticks(range(len(names)), [f"{cache}, {tokens:,}" for cache, tokens in names], fontsize=8)
+    axes.set_xticks(range(DEPTHS), [f"{i / DEPTHS:.0%} …" for i in range(DEPTHS)])
+    axes.set_xlabel("depth of the needle in the context, from … on")
+    axes.set_title(f"Right answers at {budget} tokens per KV head, question {rows[0]['question']}, {rows[0]['model']}")
+    figure.colorbar(image, label="accuracy")
+    return figure
+
+
+def speed(rows: list[dict[str, Any]]) -> Figure:
+    """Decoding time against context, ours and other programs', a panel per dtype.
+
+    Args:
+        rows: of `bench_peers`.
+    """
+
+    def name_of(row: dict[str, Any]) -> str:
+        return f"{row['contender']} {row['cache']}" + (f", {row['budget']}" if row["budget"] else "")
+
+    dtypes, names = (list(dict.fromkeys(x)) for x in ((row["dtype"] for row in rows), map(name_of, rows)))
+    figure, panels = plt.subplots(1, len(dtypes), figsize=(6.5 * len(dtypes), 5), layout="constrained", squeeze=False)
+    for axes, dtype in zip(panels[0], dtypes, strict=True):
+        lines: dict[str, list[dict[str, Any]]] = {}
+        for row in rows:
+            if row["dtype"] == dtype and row["batch"] == 1:
+                lines.setdefault(name_of(row), []).append(row)
+        for name, line in lines.items():
+            style = _style(2 * names.index(name))
+            line.sort(key=lambda row: row["context"])
+            context, middle = [row["context"] for row in line], [row["decode_ms"] for row in line]
+            axes.plot(context, middle, label=name, **style)
+            low, high = ([row[f"decode_ms_{end}"] for row in line] for end in ("p10", "p90"))
+            axes.fill_between(context, low, high, color=style["color"], alpha=0.12)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(context := sorted({row["context"] for row in rows}), [f"{n:,}" for n in context])
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("tokens of context")
+        axes.set_ylabel("ms per token (median; band: 10 to 90 %)")
+        axes.set_title(f"{dtype}, {rows[0]['threads']} threads of {rows[0]['machine']['cpu']}")
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=8)
+    figure.suptitle(f"Decoding {rows[0]['model']}, batch 1")
+    return figure
+
+
+def figures(needles: Path | None, peers: Path | None, budget: int) -> Iterator[tuple[str, Figure]]:
+    """All pictures that the files have numbers for, with their names.
+
+    Raises:
+        ValueError: a line of a file is no row; says which.
+    """
+    rows = read_rows(needles) if needles else []
+    for question in sorted({row["question"] for row in rows}):
+        asked = [row for row in rows if row["question"] == question]
+        for tokens in sorted({row["tokens"] for row in asked}):
+            yield f"quality_{tokens}_{question}", quality([row for row in asked if row["tokens"] == tokens])
+        yield f"depths_{budget}_{question}", depths(asked, budget)
+    if peers:
+        yield "speed", speed(read_rows(peers, ("contender", "decode_ms")))
+
+
+def page(pictures: dict[str, Path]) -> str:
+    """One HTML page with the pictures inside."""
+    parts = [
+        f'<h2>{html.escape(name.replace("_", " "))}</h2>\n<img alt="{html.escape(name)}" '
+        f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
+        for name, path in pictures.items()
+    ]
+    style = "body{font-family:sans-serif;max-width:1300px;margin:auto}img{max-width:100%}"
+    head = f'<meta charset="utf-8"><title>headkv-zoo: what was measured</title><style>{style}</style>'
+    return f"<!doctype html>\n{head}\n<h1>headkv-zoo: what was measured</h1>\n" + "\n".join(parts) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m recipes.plot", description=__doc__.splitlines()[0])
+    parser.add_argument("--needles", type=Path, help="jsonl file of recipes.eval_needles")
+    parser.add_argument("--peers", type=Path, help="jsonl file of recipes.bench_peers")
+    parser.add_argument("--budget", type=int, default=64, help="tokens per KV head in the picture of depths")
+    parser.add_argument("--output", type=Path, default=Path("plots"), help="folder for the pictures and report.html")
+    args = parser.parse_args(argv)
+    try:
+        if not (args.needles or args.peers):
+            raise ValueError("there is nothing to plot: give --needles or --peers")
+        for path in filter(None, (args.needles, args.peers)):
+            if not path.exists():
+                raise ValueError(f"there is no file {path}")
+        args.output.mkdir(parents=True, exist_ok=True)
+        pictures = {}
+        for name, figure in figures(args.needles, args.peers, args.budget):
+            pictures[name] = args.output / f"{name}.png"
+            figure.savefig(pictures[name], dpi=110)
+            plt.close(figure)
+        report = args.output / "report.html"
+        report.write_text(page(pictures))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{len(pictures)} pictures: {report}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
