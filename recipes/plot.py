@@ -1,6 +1,6 @@
 """Pictures of what was measured, and one HTML page that shows them all.
 
-    python -m recipes.plot --needles recipes/results/needles.jsonl --peers recipes/results/bench_peers.jsonl
+    python -m recipes.plot --scores recipes/results/leaderboard.jsonl --peers recipes/results/bench_peers.jsonl
 
 Quality against bytes for every cache, needles by depth, and decoding time by context beside other programs. The page
 needs no other file.
@@ -12,7 +12,6 @@ import argparse
 import base64
 import html
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from recipes.eval_needles import pool, read_rows
+from recipes.leaderboard import pool, read_rows
 
 DEPTHS = 5
 MARKERS = "osD^v<>PX*phd"
@@ -37,14 +36,14 @@ def quality(rows: list[dict[str, Any]]) -> Figure:
     """Accuracy and log-likelihood against the bytes of the cache, a line per method, the full cache as a dotted line.
 
     Args:
-        rows: of `eval_needles`, all of one length and one way of asking.
+        rows: of `recipes.leaderboard`, all of one length and one way of asking.
     """
     cells, first = pool(rows), rows[0]
     full = cells.pop((first["tokens"], "full"))
-    right_answers = Counter({cache: 0 for _, cache in cells})
+    scores: dict[str, float] = {}
     for (_, cache), cell in cells.items():
-        right_answers[cache] += cell.hits
-    caches = [cache for cache, _ in right_answers.most_common()]
+        scores[cache] = scores.get(cache, 0) + cell.right
+    caches = sorted(scores, key=lambda cache: -scores[cache])
     figure, (left, right) = plt.subplots(1, 2, figsize=(14, 6.5), layout="constrained")
     for number, cache in enumerate(caches):
         line = [cell for (_, name), cell in sorted(cells.items()) if name == cache]
@@ -68,8 +67,8 @@ def quality(rows: list[dict[str, Any]]) -> Figure:
         axes.grid(alpha=0.25)
     figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.suptitle(
-        f"Needles, {first['model']}, {first['tokens']:,} tokens, question {first['question']}, split {first['split']}, "
-        f"{len(full.results)} prompts; vertical lines: 95 % intervals"
+        f"{first['model']}, {first['tokens']:,} tokens, question {first['question']}, split {first['split']}, "
+        f"{len(full.results)} questions; vertical lines: 95 % intervals"
     )
     return figure
 
@@ -78,14 +77,14 @@ def depths(rows: list[dict[str, Any]], budget: int) -> Figure:
     """Accuracy by depth of the needle, a line of cells per cache and length of prompt.
 
     Args:
-        rows: of `eval_needles`, all of one way of asking.
+        rows: of `recipes.leaderboard`, all of one way of asking.
         budget: tokens per KV head.
     """
     cells: dict[tuple[str, int], list[list[int]]] = {}
     for row in rows:
         for cache, by_budget in row["results"].items():
             wanted = str(row["tokens"]) if cache == "full" else str(budget)
-            if wanted in by_budget:
+            if wanted in by_budget and row["depth"] is not None:
                 line = cells.setdefault((cache, row["tokens"]), [[] for _ in range(DEPTHS)])
                 line[min(int(row["depth"] * DEPTHS), DEPTHS - 1)].append(by_budget[wanted][0])
     names = sorted(cells, key=lambda key: (key[0] != "full", key))
@@ -94,7 +93,7 @@ def depths(rows: list[dict[str, Any]], budget: int) -> Figure:
     image = axes.imshow(share, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
     for y, name in enumerate(names):
         for x, hits in enumerate(cells[name]):
-            axes.text(x, y, f"{sum(hits)}/{len(hits)}", ha="center", va="center", fontsize=8)
+            axes.text(x, y, f"{sum(hits):g}/{len(hits)}", ha="center", va="center", fontsize=8)
     axes.set_yticks(range(len(names)), [f"{cache}, {tokens:,}" for cache, tokens in names], fontsize=8)
     axes.set_xticks(range(DEPTHS), [f"{i / DEPTHS:.0%} …" for i in range(DEPTHS)])
     axes.set_xlabel("depth of the needle in the context, from … on")
@@ -139,13 +138,13 @@ def speed(rows: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def figures(needles: Path | None, peers: Path | None, budget: int) -> Iterator[tuple[str, Figure]]:
+def figures(scores: Path | None, peers: Path | None, budget: int) -> Iterator[tuple[str, Figure]]:
     """All pictures that the files have numbers for, with their names.
 
     Raises:
         ValueError: a line of a file is no row; says which.
     """
-    rows = read_rows(needles) if needles else []
+    rows = read_rows(scores) if scores else []
     for question in sorted({row["question"] for row in rows}):
         asked = [row for row in rows if row["question"] == question]
         for tokens in sorted({row["tokens"] for row in asked}):
@@ -170,20 +169,20 @@ def page(pictures: dict[str, Path]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m recipes.plot", description=__doc__.splitlines()[0])
-    parser.add_argument("--needles", type=Path, help="jsonl file of recipes.eval_needles")
+    parser.add_argument("--scores", type=Path, help="jsonl file of recipes.leaderboard")
     parser.add_argument("--peers", type=Path, help="jsonl file of recipes.bench_peers")
     parser.add_argument("--budget", type=int, default=64, help="tokens per KV head in the picture of depths")
     parser.add_argument("--output", type=Path, default=Path("plots"), help="folder for the pictures and report.html")
     args = parser.parse_args(argv)
     try:
-        if not (args.needles or args.peers):
-            raise ValueError("there is nothing to plot: give --needles or --peers")
-        for path in filter(None, (args.needles, args.peers)):
+        if not (args.scores or args.peers):
+            raise ValueError("there is nothing to plot: give --scores or --peers")
+        for path in filter(None, (args.scores, args.peers)):
             if not path.exists():
                 raise ValueError(f"there is no file {path}")
         args.output.mkdir(parents=True, exist_ok=True)
         pictures = {}
-        for name, figure in figures(args.needles, args.peers, args.budget):
+        for name, figure in figures(args.scores, args.peers, args.budget):
             pictures[name] = args.output / f"{name}.png"
             figure.savefig(pictures[name], dpi=110)
             plt.close(figure)

@@ -7,7 +7,7 @@ The outcome is that of `Engine.prefill`, `extend` and `step` for each setting; t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -164,7 +164,7 @@ class Replay:
 
 @torch.inference_mode()
 def answer(replays: Sequence[Replay], ids: list[int]) -> list[Tensor]:
-    """Decode a given answer through the caches of several replays of one model, all together.
+    """Decode a given answer through copies of the caches of several replays of one model, all together.
 
     Args:
         replays: prompts in caches.
@@ -173,18 +173,59 @@ def answer(replays: Sequence[Replay], ids: list[int]) -> list[Tensor]:
     Returns:
         Per replay (B, A, V) logits, those at a predicting answer token a from the prompt and the answer before it.
     """
-    model, cache = replays[0].record.loaded.model, _joined([replay.cache for replay in replays])
-    frequencies_Bd = torch.cat([replay.frequencies_Bd for replay in replays])
-    rows = [len(replay.logits_BV) for replay in replays]
-    active_B = torch.ones(sum(rows), dtype=torch.bool, device=cache.k.device)
-    logits = [torch.cat([replay.logits_BV for replay in replays])]
-    for token in ids[:-1]:
-        cache.begin_step(active_B)
-        token_B1 = torch.full((sum(rows), 1), token, device=cache.k.device)
-        rotation = model.rope.rotation(cache.position[:, None], frequencies_Bd)
-        logits.append(model.logits(model.hidden(token_B1, rotation, cache)[:, -1]))
-        cache.end_step()
-    return list(torch.stack(logits, dim=1).split(rows))
+    batch = _Batch(replays)
+    logits = [batch.logits_BV, *(batch.step([token] * len(batch.logits_BV)) for token in ids[:-1])]
+    return list(torch.stack(logits, dim=1).split([len(replay.logits_BV) for replay in replays]))
+
+
+@torch.inference_mode()
+def generate(
+    replays: Sequence[Replay], lead: list[int], *, max_new_tokens: int, stop_ids: Collection[int]
+) -> list[list[int]]:
+    """Continue an answer greedily through copies of the caches of several replays of one model, all together.
+
+    Args:
+        replays: prompts in caches.
+        lead: token ids that the answer begins with.
+        max_new_tokens: limit.
+        stop_ids: tokens that end an answer.
+
+    Returns:
+        Token ids of every row of every replay, without the lead and what ends them.
+    """
+    batch = _Batch(replays)
+    logits_BV = batch.logits_BV
+    for token in lead:
+        logits_BV = batch.step([token] * len(logits_BV))
+    texts: list[list[int]] = [[] for _ in logits_BV]
+    going = set(range(len(texts)))
+    for _ in range(max_new_tokens):
+        tokens = logits_BV.argmax(-1).tolist()
+        going -= {row for row in going if tokens[row] in stop_ids}
+        for row in going:
+            texts[row].append(tokens[row])
+        if not going:
+            break
+        logits_BV = batch.step(tokens)
+    return texts
+
+
+class _Batch:
+    """The rows of several replays in one cache."""
+
+    def __init__(self, replays: Sequence[Replay]) -> None:
+        self._model = replays[0].record.loaded.model
+        self._cache = _joined([replay.cache for replay in replays])
+        self._frequencies_Bd = torch.cat([replay.frequencies_Bd for replay in replays])
+        self.logits_BV = torch.cat([replay.logits_BV for replay in replays])
+
+    def step(self, tokens: list[int]) -> Tensor:
+        token_B1 = torch.tensor(tokens, device=self._cache.k.device)[:, None]
+        self._cache.begin_step(torch.ones(len(tokens), dtype=torch.bool, device=token_B1.device))
+        rotation = self._model.rope.rotation(self._cache.position[:, None], self._frequencies_Bd)
+        x_BTE = self._model.hidden(token_B1, rotation, self._cache)
+        self._cache.end_step()
+        return self._model.logits(x_BTE[:, -1])
 
 
 def _joined(caches: Sequence[ArenaCache]) -> ArenaCache:

@@ -37,7 +37,7 @@ def needles(tmp_path):
 
 
 def test_the_report_holds_all_pictures(needles, tmp_path, capsys):
-    arguments = ["--needles", str(needles), "--peers", str(PEERS), "--budget", "64", "--output", str(tmp_path / "out")]
+    arguments = ["--scores", str(needles), "--peers", str(PEERS), "--budget", "64", "--output", str(tmp_path / "out")]
     assert plot.main(arguments) == 0
     names = [f"quality_{n}_{q}" for q in ("seen", "unseen") for n in (100, 200)]
     names += ["depths_64_seen", "depths_64_unseen", "speed"]
@@ -69,7 +69,7 @@ def test_quality_shows_the_numbers(needles):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [([], "nothing to plot"), (["--needles", "/nowhere.jsonl"], "no file /nowhere.jsonl")],
+    [([], "nothing to plot"), (["--scores", "/nowhere.jsonl"], "no file /nowhere.jsonl")],
 )
 def test_what_cannot_be_plotted_is_said(arguments, message, capsys):
     assert plot.main(arguments) == 2

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import recipes.calibrate_heads as calibrate_heads
-import recipes.eval_needles as eval_needles
+import recipes.leaderboard as leaderboard
 import recipes.perplexity as perplexity
 from checkpoints import CheckpointError, config_hash, read_importance
 from recipes.needles import SPLITS, TASKS, NeedlePrompt, make_prompt, make_prompts
-from recipes.replay import Record, Replay, answer
+from recipes.replay import Record, Replay, answer, generate
 from tests import tiny, tiny_chat
 from zoo import Engine, Loaded
 
@@ -29,6 +29,9 @@ class Words:
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         return [sum(piece.encode()) % 97 for piece in re.findall(r" ?[^\W\d]+|\s|.", text)]
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(map(str, ids))
 
     def fingerprint(self) -> str:
         return "words"
@@ -186,7 +189,7 @@ def test_replay_equals_the_engine(loaded: Loaded, importance: Path, spec: str, q
 
 @pytest.fixture
 def command_line(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> Loaded:
-    for module in (calibrate_heads, eval_needles):
+    for module in (calibrate_heads, leaderboard):
         monkeypatch.setattr(module, "load", lambda name, *, dtype, device: replace(loaded, name=name))
     return loaded
 
@@ -230,6 +233,26 @@ def test_calibration_that_cannot_work_says_why(
     assert not file.exists()
 
 
+def test_generating_equals_the_engine(loaded: Loaded, importance: Path) -> None:
+    made, budgets = prompt(), [12, 40]
+    engines = [Engine(loaded, cache="snapkv:preset=tuned", budget=b, max_new_tokens=9) for b in budgets]
+    texts = [engine.generate([made.ids])[0] for engine in engines]
+    replay = Replay(Record(loaded, made.ids), engines[0].method, budgets, room=9)
+    for _ in range(2):  # the replay's own cache stays as it was
+        assert generate([replay], [], max_new_tokens=9, stop_ids=()) == texts
+    led = generate([replay], texts[1][:2], max_new_tokens=7, stop_ids=texts[1][5:6])
+    assert led[1] == texts[1][2 : texts[1].index(texts[1][5], 2)]
+
+
+def test_rulers_answers_are_generated(command_line: Loaded, importance: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    arguments = [*NEEDLES, "--tasks", "vt", "qa_hop", "--tokens", "380", "--caches", "streaming", "--verify", "1"]
+    assert leaderboard.main([*arguments, "--output", str(output)]) == 0
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["task"] for row in rows] == ["vt"] * 3 + ["qa_hop"] * 3 and rows[3]["depth"] is None
+    assert all(0 <= row["results"]["streaming"]["16"][0] <= 1 < row["results"]["full"]["380"][1] for row in rows)
+
+
 NEEDLES = [
     "--model",
     "some",
@@ -256,7 +279,7 @@ def test_evaluation_adds_what_is_missing_and_makes_a_table(
         *("--dtype", "float32", "--device", "cpu", "--threads", str(torch.get_num_threads())),
         *("--output", str(output), "--table", str(table)),
     ]
-    assert eval_needles.main([*arguments, "--caches", "headkv:window=8", "adakv:preset=tuned"]) == 0
+    assert leaderboard.main([*arguments, "--caches", "headkv:window=8", "adakv:preset=tuned"]) == 0
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert len(rows) == 2 * 2 * 3
     assert {row["seed"] for row in rows} == {7} and {row["question"] for row in rows} == {"seen", "unseen"}
@@ -268,14 +291,14 @@ def test_evaluation_adds_what_is_missing_and_makes_a_table(
     assert all("--verify 1" in row["command"] and row["template_sha256"] == "none" for row in rows)
     assert table.read_text().count("`headkv:window=8`") == 2 * 2
     before = table.read_text()
-    assert eval_needles.main([*arguments, "--caches", "headkv:window=8", "adakv:preset=tuned"]) == 0
+    assert leaderboard.main([*arguments, "--caches", "headkv:window=8", "adakv:preset=tuned"]) == 0
     assert len(output.read_text().splitlines()) == 12 and table.read_text() == before
-    assert eval_needles.main([*arguments, "--caches", "headkv:window=8", "keydiff"]) == 0
+    assert leaderboard.main([*arguments, "--caches", "headkv:window=8", "keydiff"]) == 0
     more = [json.loads(line) for line in output.read_text().splitlines()][12:]
     assert len(more) == 12 and all(list(row["results"]) == ["keydiff"] for row in more)
     assert "`keydiff`" in table.read_text() and "`full`" in table.read_text()
     output.write_text(output.read_text() + "{}\n")
-    assert eval_needles.main([*arguments, "--caches", "keydiff"]) == 2
+    assert leaderboard.main([*arguments, "--caches", "keydiff"]) == 2
     assert "out.jsonl, line 25: not a row with results" in capsys.readouterr().err
 
 

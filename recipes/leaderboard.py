@@ -1,17 +1,17 @@
-"""How often a compressed cache still finds the needle: accuracy and log-likelihood of answers, at equal bytes.
+"""What compressed caches still know: methods, budgets, tasks, lengths and ways of asking in one table.
 
-    python -m recipes.eval_needles --split test --output needles.jsonl --table needles.md
+    python -m recipes.leaderboard --split test --question seen unseen --output scores.jsonl --table scores.md
 
-With the question seen, the prompt is prefilled whole and compressed; unseen, the context is prefilled and compressed
-first, and the question follows as a second turn. Then the gold answer is fed token by token through the compressed
-cache. A prompt counts as answered when every token of the asked-for value is the most likely one, which is what greedy
-decoding from the words that lead up to it would give.
+A prompt is prefilled once for all caches. With the question seen, it is compressed whole; unseen, its context is
+compressed, and the question follows as a second turn. Then the gold answer is fed token by token through the compressed
+cache, which gives its log-likelihood. A needle (tasks noise and prose) counts as found when every token of the
+asked-for value is the most likely one, which is what greedy decoding from the words that lead up to it would give.
+Answers of RULER's families are generated and searched for what was asked for.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import random
@@ -27,82 +27,87 @@ from rich.progress import track
 from torch import Tensor
 
 from checkpoints import CheckpointError
-from recipes.needles import SPLITS, TASKS, NeedlePrompt, make_prompts
-from recipes.replay import Record, Replay, answer
+from recipes.needles import TASKS as NEEDLES
+from recipes.questions import TASKS, Question, make_questions
+from recipes.replay import Record, Replay, answer, generate
 from zoo import Engine, Loaded, load, machine
 
 CACHES = ["headkv", "headkv:preset=published,beta=1.1", "snapkv", "snapkv:preset=tuned", "streaming"]
 
-ROOM = 64
+ROOM = 64  # tokens of an answer, in the caches whose bytes are reported
 
 
-def value_scores(logits_AV: Tensor, prompt: NeedlePrompt) -> tuple[bool, float]:
-    """Whether all tokens of the value are the most likely ones, and their mean negative log-likelihood in nats."""
-    value_A = torch.tensor(prompt.value, device=logits_AV.device)
-    log_AV = logits_AV[-len(prompt.value) :].float().log_softmax(-1)
-    hit = bool((log_AV.argmax(-1) == value_A).all())
-    return hit, -float(log_AV.gather(1, value_A[:, None]).mean())
+def likelihood(logits_AV: Tensor, question: Question) -> tuple[bool, float]:
+    """Whether each token of the gold answer is the likeliest, and their negative log-likelihood in nats per token."""
+    gold_A = torch.tensor(question.gold, device=logits_AV.device)
+    log_AV = logits_AV[-len(gold_A) :].float().log_softmax(-1)
+    return bool((log_AV.argmax(-1) == gold_A).all()), -float(log_AV.gather(1, gold_A[:, None]).mean())
 
 
-def check_with_engine(engine: Engine, prompt: NeedlePrompt, question: str, expected_AV: Tensor) -> None:
+def check_with_engine(engine: Engine, question: Question, mode: str, expected_AV: Tensor) -> None:
     """Run one prompt through the engine itself and compare with the replay.
 
     Raises:
         AssertionError: the logits differ by more than rounding.
     """
-    if question == "seen":
-        logits = [engine.prefill([prompt.ids])]
+    if mode == "seen":
+        logits = [engine.prefill([question.context + question.question])]
     else:
-        engine.prefill([prompt.ids[: prompt.question]])
-        logits = [engine.extend([prompt.ids[prompt.question :]])]
-    logits += [engine.step([token]) for token in (prompt.lead + prompt.value)[:-1]]
+        engine.prefill([question.context])
+        logits = [engine.extend([question.question])]
+    logits += [engine.step([token]) for token in (question.lead + question.gold)[:-1]]
     worst = float((torch.cat(logits) - expected_AV).abs().max())
     assert worst < 2e-3, f"engine and replay differ by {worst} with {engine.method.name} at {engine.budget}"
 
 
 def evaluate(
     record: Record,
-    prompt: NeedlePrompt,
+    question: Question,
     *,
-    question: str,
+    mode: str,
     engines: Mapping[str, Mapping[int, Engine]],
     verify: bool = False,
 ) -> dict[str, dict[str, list[float]]]:
-    """Evaluate caches on one prompt.
+    """Ask one question through many caches.
 
     Args:
         record: its dense prefill.
-        prompt: the prompt.
-        question: "seen" while compressing, or "unseen": asked in a second turn.
+        question: the question.
+        mode: "seen" while compressing, or "unseen": asked in a second turn.
         engines: by cache and budget, in tokens per KV head.
         verify: run the prompt through the engines themselves too.
 
     Returns:
-        By cache and budget: whether all tokens of the value are the most likely ones, and their mean negative
-        log-likelihood in nats.
+        By cache and budget: the answer's score, 0 to 1, and the gold answer's negative log-likelihood, nats per token.
 
     Raises:
         AssertionError: replay and engine differ by more than rounding.
     """
-    later = prompt.ids[prompt.question :] if question == "unseen" else []
-    seen = record.beginning(len(prompt.ids) - len(later)) if later else record
-    ids = prompt.lead + prompt.value
+    later = question.question if mode == "unseen" else []
+    seen = record.beginning(len(question.context)) if later else record
     replays: dict[str, Replay] = {}
     for cache, by_budget in engines.items():
         method = next(iter(by_budget.values())).method
-        replays[cache] = Replay(seen, method, list(by_budget), room=len(ids), later=len(later))
+        replays[cache] = Replay(seen, method, list(by_budget), room=question.room, later=len(later))
         if later:
             replays[cache].extend(later)
     # The full cache is larger than all others together: it decodes alone.
     groups = [cache for cache in replays if cache == "full"], [cache for cache in replays if cache != "full"]
     results: dict[str, dict[str, list[float]]] = {}
     for group in filter(None, groups):
-        for cache, logits_BAV in zip(group, answer([replays[cache] for cache in group], ids), strict=True):
-            for (budget, engine), logits_AV in zip(engines[cache].items(), logits_BAV, strict=True):
-                if verify:
-                    check_with_engine(engine, prompt, question, logits_AV)
-                hit, nll = value_scores(logits_AV, prompt)
-                results.setdefault(cache, {})[str(budget)] = [int(hit), round(nll, 5)]
+        together = [replays[cache] for cache in group]
+        logits = torch.cat(answer(together, question.lead + question.gold))
+        cells = [(cache, budget, engine) for cache in group for budget, engine in engines[cache].items()]
+        texts: list[list[int]] | None = None
+        if question.example is not None:
+            stop_ids, limit = record.loaded.chat.stop_ids, question.example.max_new_tokens
+            texts = generate(together, question.lead, max_new_tokens=limit, stop_ids=stop_ids)
+        for row, (cache, budget, engine) in enumerate(cells):
+            if verify:
+                check_with_engine(engine, question, mode, logits[row])
+            right, nll = likelihood(logits[row], question)
+            score = float(right) if texts is None else question.score(record.loaded.tokenizer.decode(texts[row]))
+            results.setdefault(cache, {})[str(budget)] = [round(score, 4), round(nll, 5)]
     return results
 
 
@@ -144,13 +149,13 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
     first = next(iter(parts.values()))[0]
     commits = sorted({row["commit"] for part in parts.values() for row in part})
     lines = [
-        f"# Needles, {first['model']}, {first['dtype']}, split `{first['split']}`, seed {first['seed']}",
+        f"# Leaderboard: {first['model']}, {first['dtype']}, split `{first['split']}`, seed {first['seed']}",
         "",
         f"At {', '.join(commits)}. Question seen: it is in the prompt, which is prefilled whole and compressed once;",
-        "unseen: the context is compressed before the question comes, as a second turn. Accuracy: all tokens of the",
-        "asked-for value are the most likely ones; above the full cache it is not fidelity, as fewer tokens distract",
-        "less. ΔNLL: nats per token of the value above the full cache. Brackets: 95 % intervals (Wilson, bootstrap).",
-        "The columns with fractions count right answers by task and by kind of needle.",
+        "unseen: the context is compressed before the question comes, as a second turn. Accuracy: needles whose value",
+        "is the most likely in every token, RULER's generated answers by string match; above the full cache it is not",
+        "fidelity, as fewer tokens distract less. ΔNLL: nats per token of the gold answer above the full cache.",
+        "Brackets: 95 % intervals (Wilson, bootstrap). The columns with fractions count by task and kind of fact.",
         "",
         *(f"    {command}" for command in sorted({row["command"] for part in parts.values() for row in part})),
     ]
@@ -158,7 +163,7 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
         cells = pool(part)
         full = cells.pop((tokens, "full"))
         tasks, kinds = (" ".join(dict.fromkeys(row[name] for row in part)) for name in ("task", "kind"))
-        lines += ["", f"## {tokens:,} tokens, question {question}, {len(full.results)} prompts", ""]
+        lines += ["", f"## {tokens:,} tokens, question {question}, {len(full.results)} questions", ""]
         lines += [f"| tokens per KV head | MiB | cache | accuracy | of full | ΔNLL | {tasks} | {kinds} |"]
         lines += ["|---" * 8 + "|", full.line("all", "full", full)]
         lines += [cell.line(str(budget), cache, full) for (budget, cache), cell in sorted(cells.items())]
@@ -170,9 +175,9 @@ def pool(rows: Iterable[dict[str, Any]]) -> dict[tuple[int, str], Pooled]:
     cells: dict[tuple[int, str], Pooled] = {}
     for row in rows:
         for cache, by_budget in row["results"].items():
-            for budget, (hit, nll) in by_budget.items():
+            for budget, (score, nll) in by_budget.items():
                 cell = cells.setdefault((int(budget), cache), Pooled(row["mebibytes"][cache][budget]))
-                cell.add(row, hit, nll)
+                cell.add(row, score, nll)
     return cells
 
 
@@ -188,24 +193,26 @@ class Pooled:
 
     def __init__(self, mebibytes: float) -> None:
         self.mebibytes = mebibytes
-        self.results: dict[str, tuple[int, float]] = {}
-        self._groups: dict[str, dict[str, list[int]]] = {"task": {}, "kind": {}}
+        self.results: dict[str, tuple[float, float]] = {}
+        self._groups: dict[str, dict[str, list[float]]] = {"task": {}, "kind": {}}
 
-    def add(self, row: dict[str, Any], hit: int, nll: float) -> None:
+    def add(self, row: dict[str, Any], score: float, nll: float) -> None:
         """Count a prompt, once."""
         if row["prompt_sha256"] not in self.results:
-            self.results[row["prompt_sha256"]] = hit, nll
+            self.results[row["prompt_sha256"]] = score, nll
             for name, group in self._groups.items():
-                group.setdefault(row[name], []).append(hit)
+                group.setdefault(row[name], []).append(score)
 
     @property
-    def hits(self) -> int:
-        """Right answers."""
-        return sum(hit for hit, _ in self.results.values())
+    def right(self) -> float:
+        """Right answers, those that are right in part counted in part."""
+        return sum(score for score, _ in self.results.values())
 
     def accuracy(self) -> tuple[float, float, float]:
-        """Share of right answers and its 95 % interval."""
-        return self.hits / len(self.results), *wilson(self.hits, len(self.results))
+        """Mean score and its 95 % interval."""
+        scores = [score for score, _ in self.results.values()]
+        whole = all(score in (0, 1) for score in scores)
+        return self.right / len(scores), *(wilson(round(self.right), len(scores)) if whole else bootstrap(scores))
 
     def more_nll(self, full: Pooled) -> tuple[float, float, float]:
         """Nats per token above the full cache on the same prompts, and their 95 % interval."""
@@ -215,14 +222,16 @@ class Pooled:
     def line(self, budget: str, cache: str, full: Pooled) -> str:
         """A row of the table."""
         share, low, high = self.accuracy()
-        accuracy = f"{self.hits}/{len(self.results)} = {share:.2f} [{low:.2f}, {high:.2f}]"
+        accuracy = f"{self.right:g}/{len(self.results)} = {share:.2f} [{low:.2f}, {high:.2f}]"
         if self is full:
             change = f"(NLL {sum(nll for _, nll in self.results.values()) / len(self.results):.3f})"
         else:
             change = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*self.more_nll(full))
         of_full = sum(full.results[prompt][0] for prompt in self.results)
-        part = f"{self.hits / of_full:.0%}" if of_full else "-"
-        fractions = (" ".join(f"{sum(x)}/{len(x)}" for x in group.values()) for group in self._groups.values())
+        part = f"{self.right / of_full:.0%}" if of_full else "-"
+        fractions = (
+            " ".join(f"{round(sum(x), 2):g}/{len(x)}" for x in group.values()) for group in self._groups.values()
+        )
         cells = budget, f"{self.mebibytes:.1f}", f"`{cache}`", accuracy, part, change, *fractions
         return f"| {' | '.join(cells)} |"
 
@@ -254,11 +263,11 @@ def run(loaded: Loaded, args: argparse.Namespace, origin: dict[str, Any]) -> lis
         All rows that the arguments ask for, old and new.
     """
     jobs = [
-        (tokens, task, number, prompt)
+        (tokens, task, number, asked)
         for tokens in args.tokens
         for task in args.tasks
-        for number, prompt in enumerate(
-            make_prompts(
+        for number, asked in enumerate(
+            make_questions(
                 loaded.tokenizer,
                 loaded.chat,
                 split=args.split,
@@ -269,38 +278,37 @@ def run(loaded: Loaded, args: argparse.Namespace, origin: dict[str, Any]) -> lis
             )
         )
     ]
-    rows, asked = read_rows(args.output), []
-    for tokens, task, number, prompt in track(jobs, "Needles", console=Console(stderr=True)):
+    rows, wanted = read_rows(args.output), []
+    for tokens, task, number, question in track(jobs, "Questions", console=Console(stderr=True)):
         record: Record | None = None
-        parts = [prompt.ids, prompt.question, prompt.lead, prompt.value]
-        digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-        for question in args.question:
+        for mode in args.question:
             key = {name: origin[name] for name in ("model", "dtype", "template_sha256")}
-            key |= {"tokens": tokens, "question": question, "prompt_sha256": digest}
+            key |= {"tokens": tokens, "question": mode, "prompt_sha256": question.sha256}
             done = [row for row in rows if key.items() <= row.items()]
-            asked += done
+            wanted += done
             missing = _missing(args, tokens, done)
             if not missing:
                 continue
             started = time.perf_counter()
-            record = record or Record(loaded, prompt.ids)
-            sizes = {"max_new_tokens": ROOM, "max_context": tokens + ROOM, "importance": args.importance}
+            most = min(tokens + ROOM, loaded.config.max_position)
+            record = record or Record(loaded, question.context + question.question)
+            sizes = {"max_new_tokens": ROOM, "max_context": most, "importance": args.importance}
             engines = {
                 cache: {budget: Engine(loaded, cache=cache, budget=budget, **sizes) for budget in budgets}
                 for cache, budgets in missing.items()
             }
-            results = evaluate(record, prompt, question=question, engines=engines, verify=number < args.verify)
+            results = evaluate(record, question, mode=mode, engines=engines, verify=number < args.verify)
             mebibytes = {
                 cache: {str(budget): round(engine.cache.nbytes / 2**20, 2) for budget, engine in by_budget.items()}
                 for cache, by_budget in engines.items()
             }
-            row = origin | key | {"split": args.split, "task": task, "kind": prompt.kind, "seed": args.seed}
-            row |= {"index": number, "depth": prompt.depth, "seconds": round(time.perf_counter() - started, 2)}
+            row = origin | key | {"split": args.split, "task": task, "kind": question.kind, "seed": args.seed}
+            row |= {"index": number, "depth": question.depth, "seconds": round(time.perf_counter() - started, 2)}
             row |= {"mebibytes": mebibytes, "results": results}
             with args.output.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-            asked.append(row)
-    return asked
+            wanted.append(row)
+    return wanted
 
 
 def _missing(args: argparse.Namespace, tokens: int, done: list[dict[str, Any]]) -> dict[str, list[int]]:
@@ -315,13 +323,13 @@ def _missing(args: argparse.Namespace, tokens: int, done: list[dict[str, Any]]) 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m recipes.eval_needles", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m recipes.leaderboard", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m", help="alias, directory, .gguf file or hub id")
-    parser.add_argument("--split", choices=[name for name in SPLITS if name != "calibrate"], default="tune")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--split", choices=["tune", "test"], default="tune")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(NEEDLES))
     parser.add_argument("--tokens", type=int, nargs="+", default=[2000], help="prompt lengths")
     parser.add_argument("--question", nargs="+", choices=["seen", "unseen"], default=["seen"], help="while compressing")
-    parser.add_argument("--prompts", type=int, default=24, help="per task")
+    parser.add_argument("--prompts", type=int, default=24, help="questions per task")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--caches", nargs="+", default=CACHES, help="methods with options, e.g. headkv:beta=1.1")
     parser.add_argument("--budgets", type=int, nargs="+", default=[32, 64, 128, 256], help="tokens per KV head")
@@ -347,7 +355,7 @@ def main(argv: list[str] | None = None) -> int:
             "dtype": args.dtype,
             "template_sha256": loaded.chat.template_hash,
             "commit": commit,
-            "command": "python -m recipes.eval_needles " + " ".join(sys.argv[1:] if argv is None else argv),
+            "command": "python -m recipes.leaderboard " + " ".join(sys.argv[1:] if argv is None else argv),
         }
         rows = run(loaded, args, origin)
         text = table(rows)
