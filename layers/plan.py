@@ -7,8 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from layers.compress.decode_rules import ReplaceWorst
+
 INT32_BYTES = 4
 TABLES_PER_HEAD = 6
+TABLES_PER_EVICTING_HEAD = 2
+FP32_BYTES = 4
 COUNTERS_PER_ROW = 2
 FLAG_BYTES_PER_ROW = 1
 
@@ -24,6 +28,7 @@ class ArenaShape:
         head_dim: D.
         slots: places for one token of one KV head, per row, all layers together.
         dtype: of keys and values.
+        evict: how tokens are replaced while decoding, if they are chosen by attention: takes a statistic per slot.
 
     Example:
         >>> shape = ArenaShape(batch=1, num_layers=2, num_kv_heads=1, head_dim=4, slots=10, dtype=torch.float32)
@@ -37,17 +42,19 @@ class ArenaShape:
     head_dim: int
     slots: int
     dtype: torch.dtype
+    evict: ReplaceWorst | None = None
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes of one slot: key, value and position."""
-        return 2 * self.head_dim * self.dtype.itemsize + INT32_BYTES
+        """Bytes of one slot: key, value, position, and the statistic if there is one."""
+        return 2 * self.head_dim * self.dtype.itemsize + INT32_BYTES + (FP32_BYTES if self.evict else 0)
 
     @property
     def row_overhead_bytes(self) -> int:
         """Bytes of one row's tables, counters and flag."""
-        tables = TABLES_PER_HEAD * self.num_layers * self.num_kv_heads
-        return INT32_BYTES * (tables + COUNTERS_PER_ROW) + FLAG_BYTES_PER_ROW
+        tables = TABLES_PER_HEAD + (TABLES_PER_EVICTING_HEAD if self.evict else 0)
+        numbers = tables * self.num_layers * self.num_kv_heads + COUNTERS_PER_ROW
+        return INT32_BYTES * numbers + FLAG_BYTES_PER_ROW
 
     @property
     def nbytes(self) -> int:

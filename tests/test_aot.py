@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = {name: kernel for name, kernel in all_kernels().items() if kernel.launch is not None}
-DECODE = {"add_rms_norm", "ragged_append", "ragged_decode", "rms_norm", "rope", "silu_mul"}
+DECODE = {"add_rms_norm", "ragged_append", "ragged_decode", "ragged_worst", "rms_norm", "rope", "silu_mul"}
 HEAD_DIMS = {"smollm2-135m": 64, "phi-2": 80, "phi-3-mini": 96, "gemma-2-9b": 256}
 SHAPE = ["--kept", "1024", "--batch", "16"]
 QUANTISED = """

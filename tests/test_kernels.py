@@ -231,7 +231,7 @@ def test_a_weight_that_would_be_read_wrongly_is_refused(place, what):
 @pytest.mark.parametrize("op", [op for op, arguments in ARGUMENTS.items() if "k_arena" in arguments])
 def test_more_slots_than_int32_counts_are_refused(op):
     arguments = {name: x.to("meta") if torch.is_tensor(x) else x for name, x in ARGUMENTS[op].items()}
-    for part in ("k_arena", "v_arena", "pos"):
+    for part in {"k_arena", "v_arena", "pos"} & set(arguments):
         x = arguments[part]
         arguments[part] = x.new_empty(len(x), 2**31, *x.shape[2:])
     with pytest.raises(ValueError, match="k_arena has 2147483648 slots"):

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from kernels.ragged_append import ragged_append
 from kernels.ragged_decode import ragged_decode
-from layers.compress.decode_rules import ring_slot
+from kernels.ragged_worst import ragged_worst
+from layers.compress.decode_rules import ring_slot, worst_slot
 from layers.plan import ArenaShape, offsets
 
 
@@ -21,8 +22,8 @@ class ArenaCache:
     serves every prompt. Attention does not depend on the order of slots within a region.
 
     A `PromptPass` fills the cache. Then, per token: `begin_step`, `attend` once per layer, `end_step`. A step that is
-    interrupted before `end_step` has not happened for any later prompt or step; only a full ring has lost its oldest
-    token.
+    interrupted before `end_step` has not happened for any later prompt or step; only a full region has lost the token
+    that had to go, and running sums of attention have seen the step.
 
     Args:
         shape: sizes and dtype.
@@ -41,6 +42,10 @@ class ArenaCache:
         length: (B, L, H) int32, filled slots of each region.
         position: (B,) int32, tokens seen, which is the next token's absolute position.
         generated: (B,) int32, tokens generated since the last prompt.
+        stat: (B, slots) fp32, what decoding knows of each slot's worth; None if tokens do not go by attention, as with
+            the following two. See `layers.compress.decode_rules.ReplaceWorst`.
+        recent: (B, L, H) int32, last tokens that may not go.
+        worst: (B, L, H) int32, slot of the arena whose token goes next, as of the last attention.
 
     Example:
         >>> shape = ArenaShape(batch=1, num_layers=1, num_kv_heads=1, head_dim=4, slots=8, dtype=torch.float32)
@@ -62,9 +67,14 @@ class ArenaCache:
         self.offset, self.capacity, self.kept = integers(B, L, H), integers(B, L, H), integers(B, L, H)
         self.ring_start, self.length, self._slot = integers(B, L, H), integers(B, L, H), integers(B, L, H)
         self.position, self.generated = integers(B), integers(B)
+        self.stat = self.recent = self.worst = None
+        if shape.evict is not None:
+            self.stat = torch.zeros(B, shape.slots, dtype=torch.float32, device=device)
+            self.recent, self.worst = integers(B, L, H), integers(B, L, H)
         if compiled:
-            for tensor in (self.k, self.v, self.pos):
-                torch._dynamo.mark_dynamic(tensor, 1)
+            for tensor in (self.k, self.v, self.pos, self.stat):
+                if tensor is not None:
+                    torch._dynamo.mark_dynamic(tensor, 1)
         self._active_B = torch.ones(B, dtype=torch.bool, device=device)
         self.reset()
 
@@ -73,7 +83,8 @@ class ArenaCache:
         """Bytes allocated, of everything that the cache owns."""
         tables = (self.offset, self.capacity, self.kept, self.ring_start, self.length, self._slot)
         small = (self.position, self.generated, self._active_B)
-        return sum(tensor.nbytes for tensor in (self.k, self.v, self.pos, *tables, *small))
+        evicting = (tensor for tensor in (self.stat, self.recent, self.worst) if tensor is not None)
+        return sum(tensor.nbytes for tensor in (self.k, self.v, self.pos, *tables, *small, *evicting))
 
     @property
     def most(self) -> int:
@@ -159,14 +170,25 @@ class ArenaCache:
         self.capacity.index_copy_(1, layer_1, capacity_BLH.int())
         self.offset.index_copy_(1, layer_1, (first_BL1 + offsets(capacity_BLH)).int())
 
+    def begin_answer(self) -> None:
+        """Make ready to decode, once a prompt's tokens, `kept` and `ring_start` are in place."""
+        self.length.copy_(self.kept)
+        self.generated.zero_()
+        if self.recent is not None and self.shape.evict is not None:
+            self.recent.copy_(self.shape.evict.protected(self.capacity - 1))
+            self._slot.copy_(self.offset + self.kept)
+
     def begin_step(self, active_B: Tensor) -> None:
         """Choose, for all layers at once, where the next token of every head goes.
+
+        Where the worst token goes, that was chosen by the end of the last step.
 
         Args:
             active_B: bool, rows that take part; the others keep their contents.
         """
         self._active_B.copy_(active_B)
-        self._slot.copy_(self.offset + ring_slot(self.ring_start, self.kept, self.capacity, self.generated))
+        if self.worst is None:
+            self._slot.copy_(self.offset + ring_slot(self.ring_start, self.kept, self.capacity, self.generated))
         held_BLH = self.kept + (self.generated + active_B)[:, None, None]
         self.length.copy_(torch.minimum(held_BLH, self.capacity))
 
@@ -174,6 +196,13 @@ class ArenaCache:
         """Count the token that every active row has stored."""
         self.generated += self._active_B
         self.position += self._active_B
+        if self.worst is not None:
+            self._slot.copy_(worst_slot(self.offset, self.kept, self.capacity, self.generated, self.worst))
+
+    @property
+    def next_slot(self) -> Tensor:
+        """(B, L, H) int32: where each head's next token goes, whose contents no longer count; between steps only."""
+        return self._slot
 
     def decode_tables(self, layer_1: Tensor) -> tuple[Tensor, ...]:
         """What `kernels.decode_blocks` needs of the cache, within a step."""
@@ -185,5 +214,25 @@ class ArenaCache:
         slot_BLHT, counters = self._slot[..., None], (self.position, self._active_B)
         ragged_append(self.k, self.v, self.pos, slot_BLHT, layer_1, k_BTHD, v_BTHD, *counters)
         tables = self.pos, self.offset, self.length, layer_1, self.position
-        o_BND, _ = ragged_decode(q_BTND.squeeze(1), self.k, self.v, *tables, window, most=self.most)
+        q_BND = q_BTND.squeeze(1)
+        o_BND, lse_BN = ragged_decode(q_BND, self.k, self.v, *tables, window, most=self.most)
+        if (rule := self.shape.evict) is not None:
+            assert self.stat is not None and self.recent is not None and self.worst is not None
+            ragged_worst(
+                self.stat,
+                self.worst,
+                q_BND,
+                lse_BN,
+                self.k,
+                self.pos,
+                self.offset,
+                self.length,
+                self.recent,
+                layer_1,
+                *counters,
+                window,
+                accumulate=rule.accumulate,
+                whole_layer=rule.heads == "layer",
+                most=self.most,
+            )
         return o_BND[:, None]
