@@ -90,7 +90,7 @@ class _Replay(PromptPass):
 
     def scores(self, seen: Observation) -> Tensor:
         rows: dict[str, Any] = {name: x[:1] for name, x in vars(seen).items() if isinstance(x, Tensor)}
-        return self.method.scores(replace(seen, **rows)).expand(len(seen.pos_BHS), -1, -1)
+        return super().scores(replace(seen, **rows)).expand(len(seen.pos_BHS), -1, -1)
 
 
 class Replay:
@@ -100,7 +100,7 @@ class Replay:
         record: the prefill.
         method: of the cache.
         budgets: tokens per KV head of each row.
-        room: slots of each KV head for the answer.
+        room: slots of each KV head for the answer; a method that evicts while decoding takes one instead.
         later: tokens that further turns will add.
 
     Attributes:
@@ -114,7 +114,7 @@ class Replay:
     def __init__(self, record: Record, method: Method, budgets: list[int], *, room: int, later: int = 0) -> None:
         config, model = record.loaded.config, record.loaded.model
         k_BHSD, rows = record.layers[0].k_BHSD, len(budgets)
-        self.record, self._method, self._budgets, self._room = record, method, budgets, room
+        self.record, self._method, self._budgets, self._room = record, method, budgets, method.room(room)
         self.frequencies_Bd = model.rope.frequencies([len(record.ids)] * rows).to(k_BHSD.device)
         self._seen = len(record.ids)
         shape = ArenaShape(
@@ -122,8 +122,9 @@ class Replay:
             num_layers=config.num_layers,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
-            slots=int((self._keep(len(record.ids) + later) + room).sum((1, 2)).max()),
+            slots=int((self._keep(len(record.ids) + later) + self._room).sum((1, 2)).max()),
             dtype=k_BHSD.dtype,
+            evict=method.evict,
         )
         self.cache = ArenaCache(shape, k_BHSD.device)
         chunk = _Replay(self.cache, method, **self._arguments(len(record.ids), len(record.ids)))
@@ -138,7 +139,7 @@ class Replay:
     def _keep(self, tokens: int) -> Tensor:
         config = self.record.loaded.config
         sizes = {"num_layers": config.num_layers, "num_kv_heads": config.num_kv_heads}
-        return torch.stack([self._method.allocator(budget=b, prompt=tokens, **sizes) for b in self._budgets])
+        return torch.stack([self._method.shares(budget=b, prompt=tokens, **sizes) for b in self._budgets])
 
     def _arguments(self, seen: int, new: int) -> dict[str, Any]:
         rows = len(self._budgets)

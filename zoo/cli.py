@@ -513,7 +513,7 @@ def print_choices() -> None:
     for name in method_names():
         method = described(name)
         methods.add_row(name, method.summary, method.paper)
-        calibrated, evicts = needs_importance(name), method.ring_over_prompt
+        calibrated, evicts = needs_importance(name), method.ring_over_prompt or method.evict
         words = _words(method.scorer), _words(method.allocator), "yes" if calibrated else "-", "yes" if evicts else "-"
         parts.add_row(name, *words)
     allocators = f"[italic]Any method but full, with other budgets[/] :allocator={'|'.join(allocator_names())}"

@@ -63,13 +63,14 @@ class Engine:
             None takes the method's default. The full cache keeps every token and reads no budget.
         max_new_tokens: tokens that `generate` and `stream` produce at most unless told otherwise.
         decode_room: slots per KV head for generated tokens, on top of the budget; None takes `max_new_tokens`. Beyond
-            it the oldest generated tokens make place. The full cache has none of its own: all of it is room.
+            it the oldest generated tokens make place. The full cache has none of its own: all of it is room. Methods
+            that evict while decoding (h2o, tova) have one slot, and take no `decode_room`.
         max_context: tokens of a conversation at most; None takes the model's trained context. A full cache is as large.
         batch: rows to allocate now.
         compile: decode through compiled code. True takes what is fastest: on a CPU and up to 8 rows one C++ operator
-            for all blocks (built once per machine), for more torch.compile, once for all layers; on a CUDA device the
-            whole step as a graph, captured when the first token is decoded. "inductor" takes torch.compile for the
-            blocks in any case. From then on all engines of the process use the C++ operators where PyTorch's would run.
+            for all blocks (built once per machine), for more torch.compile, once for all layers, and so for methods
+            that evict while decoding, whatever the rows; on a CUDA device the whole step as a graph, captured when the
+            first token is decoded. "inductor" takes torch.compile for the blocks in any case. From then on all engines of the process use the C++ operators where PyTorch's would run.
         importance: head-importance file for methods that need one; None takes the one that ships for the model.
         chunk_tokens: prompts longer than this are taken in chunks of as many tokens, compressed after each.
         allow_overflow: allow conversations longer than the model's trained context.
@@ -127,7 +128,9 @@ class Engine:
         self.budget: Budget | None = None
         if self.method.default_budget is not None:
             self.budget = parse_budget(self.method.default_budget if budget is None else budget)
-        self._room = room if self.budget else 0
+        if decode_room is not None and self.method.evict is not None:
+            raise ValueError(f"{self.method.name} evicts while decoding and needs no decode_room: leave it out")
+        self._room = self.method.room(room) if self.budget else 0
         weight = self.model.norm.weight
         self._device, self._dtype = weight.device, weight.dtype
         self._compile = compile
@@ -154,6 +157,7 @@ class Engine:
                 head_dim=config.head_dim,
                 slots=slots,
                 dtype=self._dtype,
+                evict=self.method.evict,
             )
 
         method, most = self.method, self.max_context
@@ -180,7 +184,8 @@ class Engine:
                 f"the {method.name} cache would take {planned.nbytes / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are "
                 "free: lower the budget, max_new_tokens, max_context or the batch"
             )
-        fused = self._compile is True and self._device.type == "cpu" and batch <= MOST_ROWS
+        few = batch <= MOST_ROWS and method.evict is None  # what the fused operator can do
+        fused = self._compile is True and self._device.type == "cpu" and few
         inductor = self._compile == "inductor" or (self._compile is True and not fused and self._capture is None)
         self._graphs = None  # before the new cache takes memory
         largest = int(method.most(shares, self.max_context)) + self._room
@@ -207,8 +212,8 @@ class Engine:
     def _shares(self, tokens: int, most: int) -> Tensor:
         """(L, H) tokens that each KV head may keep of so many, on the host."""
         config = self.loaded.config
-        return self.method.allocator(
-            budget=self._prompt_budget(tokens, most),
+        return self.method.shares(
+            budget=min(self._prompt_budget(tokens, most), self.max_context),
             prompt=tokens,
             num_layers=config.num_layers,
             num_kv_heads=config.num_kv_heads,

@@ -67,7 +67,9 @@ class ArenaCache:
         self.offset, self.capacity, self.kept = integers(B, L, H), integers(B, L, H), integers(B, L, H)
         self.ring_start, self.length, self._slot = integers(B, L, H), integers(B, L, H), integers(B, L, H)
         self.position, self.generated = integers(B), integers(B)
-        self.stat = self.recent = self.worst = None
+        self.stat: Tensor | None = None
+        self.recent: Tensor | None = None
+        self.worst: Tensor | None = None
         if shape.evict is not None:
             self.stat = torch.zeros(B, shape.slots, dtype=torch.float32, device=device)
             self.recent, self.worst = integers(B, L, H), integers(B, L, H)

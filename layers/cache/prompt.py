@@ -66,8 +66,14 @@ class PromptPass:
         self._past_offset, self._past_length = cache.offset.clone(), cache.length.clone()
         self._past_pos = cache.pos.clone()
         self._past_k, self._past_v = cache.k, cache.v
-        most_B = method.most(keep_BLH, len(self._past_C) + len(new_T))
-        self._max_keep = int(most_B.max())
+        if cache.shape.evict != method.evict:
+            raise ValueError(f"the cache was planned for {cache.shape.evict}, {method.name} needs {method.evict}")
+        self._past_next_slot = cache.next_slot.clone()
+        self._adds = method.evict is not None and method.evict.accumulate
+        self._past_stat = cache.stat.clone() if self._adds and cache.stat is not None else None
+        tokens = len(self._past_C) + len(new_T)
+        most_B = method.most(keep_BLH, tokens)
+        self._max_keep = min(int(most_B.max()), tokens)
         cache.lay_out(keep_BLH, room, most_B=most_B)
         # A layer's past is copied before anything of the layer is written, so only layers that move are in danger.
         if len(self._past_C) and not torch.equal(self._past_offset[..., 0], cache.offset[..., 0]):
@@ -97,23 +103,27 @@ class PromptPass:
             pos_BHS: int32 absolute positions, -1 where empty.
             window: the layer's sliding window in tokens, or None.
         """
+        keep_BH = self._keep_BLH.index_select(1, layer_1).squeeze(1)
         seen = Observation(
             q_BTND=q_BTND,
             position_BT=self._pos_BT,
             k_BHSD=k_BHSD,
             v_BHSD=v_BHSD,
             pos_BHS=pos_BHS,
-            protected_BHS=self.method.protects(pos_BHS, self.cache.position + self.new_B),
+            protected_BHS=self.method.protects(pos_BHS, self.cache.position + self.new_B, keep_BH),
             sliding=window,
             layer=self._layer,
             out=next(self._outputs, None),
             frequencies_Bd=self._frequencies_Bd,
+            sums_BHS=self._sums(layer_1, pos_BHS),
         )
         self._layer += 1
-        score_BHS = self.scores(seen)
-        keep_BH = self._keep_BLH.index_select(1, layer_1).squeeze(1)
+        worth_BHS = self.scores(seen)
+        score_BHS = worth_BHS.masked_fill(seen.protected_BHS, float("inf"))
         if (sharing := self.method.sharing) is not None:
             laid_out_BH, keep_BH = keep_BH, sharing.share(keep_BH, score_BHS, pos_BHS >= 0)
+            if self.method.evict is not None:  # what a short prompt leaves is room to grow
+                keep_BH = keep_BH + (laid_out_BH - keep_BH).sum(1, keepdim=True) // keep_BH.shape[1]
             self.cache.share_out(layer_1, laid_out_BH, keep_BH)
         offset_BH = self.cache.offset.index_select(1, layer_1).squeeze(1)
         kept_BH = ragged_compact(
@@ -129,18 +139,21 @@ class PromptPass:
             score_BHS,
         )
         self.cache.kept.index_copy_(1, layer_1, kept_BH[:, None])
+        if self._adds and self.cache.stat is not None:  # sums go where their tokens go
+            stat, worth_BHS1 = self.cache.stat[..., None], worth_BHS[..., None]
+            moved = stat, stat, self.cache.pos, offset_BH, keep_BH, self._max_keep, worth_BHS1, worth_BHS1
+            ragged_compact(*moved, pos_BHS, score_BHS)
 
     def scores(self, seen: Observation) -> Tensor:
-        """How much each token of a layer matters, (B, H, S)."""
-        return self.method.scores(seen)
+        """How much each token of a layer matters, (B, H, S); what it says of protected tokens does not matter."""
+        return self.method.scorer(seen)
 
     def finish(self) -> None:
         """Make the cache ready to decode, once every layer has attended."""
         cache, sinks = self.cache, self.method.sinks
         cache.ring_start.copy_(cache.kept.clamp(max=sinks) if self.method.ring_over_prompt else cache.kept)
-        cache.length.copy_(cache.kept)
         cache.position += self.new_B
-        cache.generated.zero_()
+        cache.begin_answer()
 
     def _with_past(self, layer_1: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, values and positions, stored and new, in order of position.
@@ -151,19 +164,38 @@ class PromptPass:
         pos_BHT = self._pos_BT[:, None].expand(-1, k_BHTD.shape[1], -1)
         if not len(self._past_C):
             return k_BHTD, v_BHTD, pos_BHT
-        offset_BH1 = self._past_offset.index_select(1, layer_1).squeeze(1).long()[..., None]
-        length_BH1 = self._past_length.index_select(1, layer_1).squeeze(1)[..., None]
-        filled_BHC = self._past_C < length_BH1
-        index_BHC = torch.where(filled_BHC, offset_BH1 + self._past_C, offset_BH1)
-        row_B11 = torch.arange(len(k_BHTD), device=k_BHTD.device)[:, None, None]
-        # A step that was interrupted may have stored its token, whose position is not behind us yet, in some layers.
-        pos_BHC = self._past_pos[row_B11, index_BHC]
-        filled_BHC = filled_BHC & (pos_BHC >= 0) & (pos_BHC < self.position_BT[:, :1, None])
-        index_BHC = torch.where(filled_BHC, index_BHC, offset_BH1)
-        pos_BHC, order_BHC = pos_BHC.masked_fill(~filled_BHC, -1).sort(dim=-1)
-        index_BHC = index_BHC.gather(-1, order_BHC)
+        row_B11, index_BHC, pos_BHC = self._past(layer_1)
         return (
             torch.cat((self._past_k[row_B11, index_BHC], k_BHTD), dim=2),
             torch.cat((self._past_v[row_B11, index_BHC], v_BHTD), dim=2),
             torch.cat((pos_BHC, pos_BHT), dim=2),
         )
+
+    def _past(self, layer_1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Row, slot and position of what is stored, in order of position, empty places first."""
+
+        def of_layer(table: Tensor) -> Tensor:
+            return table.index_select(1, layer_1).squeeze(1).long()[..., None]
+
+        offset_BH1, length_BH1 = of_layer(self._past_offset), of_layer(self._past_length)
+        filled_BHC = self._past_C < length_BH1
+        index_BHC = torch.where(filled_BHC, offset_BH1 + self._past_C, offset_BH1)
+        if self.method.evict is not None:  # the token that goes next is evicted already
+            filled_BHC = filled_BHC & (index_BHC != of_layer(self._past_next_slot))
+        row_B11 = torch.arange(len(index_BHC), device=index_BHC.device)[:, None, None]
+        # A step that was interrupted may have stored its token, whose position is not behind us yet, in some layers.
+        pos_BHC = self._past_pos[row_B11, index_BHC]
+        filled_BHC = filled_BHC & (pos_BHC >= 0) & (pos_BHC < self.position_BT[:, :1, None])
+        index_BHC = torch.where(filled_BHC, index_BHC, offset_BH1)
+        pos_BHC, order_BHC = pos_BHC.masked_fill(~filled_BHC, -1).sort(dim=-1)
+        return row_B11, index_BHC.gather(-1, order_BHC), pos_BHC
+
+    def _sums(self, layer_1: Tensor, pos_BHS: Tensor) -> Tensor | None:
+        """What the cache has added up for each token of a layer; nothing for new ones and empty places."""
+        if self._past_stat is None:
+            return None
+        sums_BHS = torch.zeros(pos_BHS.shape, dtype=torch.float32, device=pos_BHS.device)
+        if past := len(self._past_C):
+            row_B11, index_BHC, pos_BHC = self._past(layer_1)
+            sums_BHS[..., :past] = self._past_stat[row_B11, index_BHC].masked_fill(pos_BHC < 0, 0.0)
+        return sums_BHS

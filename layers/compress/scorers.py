@@ -27,6 +27,7 @@ class Observation:
         layer: index of the layer.
         out: the layer's output projection; None where nobody gave it.
         frequencies_Bd: angular frequencies of RoPE in radians per token; None where nobody gave them.
+        sums_BHS: fp32, what decoding has added up for each stored token, 0 for new ones; None where nothing is.
 
     Example:
         >>> x, pos = torch.arange(3.0).view(1, 3, 1, 1), torch.arange(3, dtype=torch.int32)[None]
@@ -46,6 +47,7 @@ class Observation:
     layer: int
     out: Linear | None = None
     frequencies_Bd: Tensor | None = None
+    sums_BHS: Tensor | None = None
 
     def last(self, window: int) -> tuple[Tensor, Tensor]:
         """The last new queries of every row, fewer if there are fewer.
@@ -126,6 +128,82 @@ class WindowAttention:
             protected_BHS=seen.protected_BHS,
             window=seen.sliding,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerMean:
+    """One score for all KV heads of a layer: the mean of another scorer's.
+
+    Args:
+        scorer: scores each head.
+
+    Example:
+        >>> k, pos = torch.tensor([[9.0, 0], [0, 0]])[..., None].unsqueeze(0), torch.tensor([[[0, 1], [0, 1]]]).int()
+        >>> seen = {"k_BHSD": k, "v_BHSD": k, "pos_BHS": pos, "protected_BHS": pos < 0, "sliding": None, "layer": 0}
+        >>> seen = Observation(q_BTND=torch.ones(1, 1, 2, 1), position_BT=torch.tensor([[1]]).int(), **seen)
+        >>> LayerMean(scorer=WindowAttention(window=1, ahead=0, behind=0))(seen).round(decimals=2).tolist()
+        [[[0.75, 0.25], [0.75, 0.25]]]
+    """
+
+    scorer: Scorer
+
+    def __call__(self, seen: Observation) -> Tensor:
+        """Score by the mean."""
+        score_BHS = self.scorer(seen)
+        return score_BHS.mean(1, keepdim=True).expand_as(score_BHS)
+
+
+@dataclass(frozen=True)
+class AttentionSums:
+    """The attention that all queries together pay to a token, as a mean over the query heads of a group.
+
+    A stored token begins with what the cache has added up for it. No more than a few queries' weights exist at a time,
+    and none of keys that a query cannot see.
+
+    Source:
+        Zhang et al., H2O, 2023.
+
+    Example:
+        >>> k, pos = torch.zeros(1, 1, 2, 1), torch.tensor([[[0, 1]]]).int()
+        >>> seen = {"k_BHSD": k, "v_BHSD": k, "pos_BHS": pos, "protected_BHS": pos < 0, "sliding": None, "layer": 0}
+        >>> AttentionSums()(Observation(q_BTND=k.transpose(1, 2), position_BT=pos[0], **seen)).tolist()
+        [[[1.5, 0.5]]]
+    """
+
+    def __call__(self, seen: Observation) -> Tensor:
+        """Score by sums."""
+        (B, T, N, D), (H, S) = seen.q_BTND.shape, seen.k_BHSD.shape[1:3]
+        G, past = N // H, S - T
+        block = max(16, _WEIGHTS // (G * S))
+        sum_BHS = torch.zeros(B, H, S, dtype=torch.float32, device=seen.q_BTND.device)
+        real_BT1 = (seen.position_BT >= 0)[..., None].float()
+        later_tT = torch.ones(block, T, dtype=torch.bool, device=sum_BHS.device).triu(1)
+        for head in range(H):
+            q_BTGD = seen.q_BTND[:, :, head * G : (head + 1) * G]
+            k_BDS = seen.k_BHSD[:, head].float().transpose(1, 2)
+            pos_B1S = seen.pos_BHS[:, head, None]
+            for start in range(0, T, block):
+                end = min(start + block, T)
+                # Keys that are newer than the block are left out; padding is newer than any real query.
+                q_BtGD = q_BTGD[:, start:end].float() * D**-0.5
+                logit_BtGs = (q_BtGD.flatten(1, 2) @ k_BDS[..., : past + end]).unflatten(1, (-1, G))
+                if past:
+                    logit_BtGs[..., :past].masked_fill_((pos_B1S[..., :past] < 0)[:, None], float("-inf"))
+                later_t1t = later_tT[: end - start, : end - start][:, None]
+                logit_BtGs[..., past + start :].masked_fill_(later_t1t, float("-inf"))
+                if seen.sliding:
+                    oldest_Bt1 = seen.position_BT[:, start:end, None] - seen.sliding
+                    hidden_Bts = (pos_B1S[..., : past + end] <= oldest_Bt1) & (oldest_Bt1 >= -seen.sliding)
+                    logit_BtGs.masked_fill_(hidden_Bts[:, :, None], float("-inf"))
+                weight_BXs = logit_BtGs.softmax(-1).flatten(1, 2)
+                real_B1X = real_BT1[:, start:end].expand(-1, -1, G).flatten(1)[:, None]
+                sum_BHS[:, head, : past + end] += (real_B1X @ weight_BXs).squeeze(1)
+        sum_BHS /= G
+        return sum_BHS if seen.sums_BHS is None else sum_BHS + seen.sums_BHS
+
+
+_WEIGHTS = 2**18
+"""How many weights of a row and KV head `AttentionSums` holds at a time: 1 MiB, which a processor's cache takes."""
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from layers.compress.allocators import Allocator, SharingAllocator
-from layers.compress.scorers import Observation, Scorer
+from layers.compress.allocators import Allocator, SharingAllocator, Uniform
+from layers.compress.decode_rules import ReplaceWorst
+from layers.compress.scorers import Scorer
 
 Allocate = Callable[..., Allocator]
 """Makes an allocator, given `protected`: the tokens of every head that the method keeps whatever their score."""
@@ -28,6 +30,8 @@ class Method:
         recent: last tokens of the prompt that every head keeps.
         ring_over_prompt: once the decode room is full, new tokens replace the oldest token that is not a sink, prompt
             included; otherwise they replace the oldest generated one.
+        evict: new tokens replace the worst one, by attention, so that a region holds its budget at every step; None if
+            they replace the oldest.
         default_budget: tokens per KV head when the user names none; None for a method that keeps everything.
     """
 
@@ -39,61 +43,85 @@ class Method:
     sinks: int = 0
     recent: int = 1
     ring_over_prompt: bool = False
+    evict: ReplaceWorst | None = None
     default_budget: int | None = 128
 
     def __post_init__(self) -> None:
-        if self.sinks < 0 or self.recent < 1:
+        least = 0 if self.evict else 1
+        if self.sinks < 0 or self.recent < least:
             raise ValueError(
-                f"{self.name}: sinks must be at least 0 and recent at least 1, not {self.sinks}, {self.recent}"
+                f"{self.name}: sinks must be at least 0 and recent at least {least}, not {self.sinks}, {self.recent}"
             )
+        if self.evict is not None and self.evict.heads == "layer" and not isinstance(self.allocator, Uniform):
+            raise ValueError(f"{self.name} keeps one set of tokens for all heads of a layer: its budgets must be equal")
 
     @property
     def protected(self) -> int:
         """Tokens that every head keeps whatever their score: the smallest budget that makes sense."""
-        return self.sinks + self.recent
+        return max(1, self.sinks + self.recent)
 
     @property
     def sharing(self) -> SharingAllocator | None:
         """The allocator, if it shares layers out once their scores are known."""
         return self.allocator if isinstance(self.allocator, SharingAllocator) else None
 
-    def protects(self, pos_BHS: Tensor, seen_B: Tensor) -> Tensor:
+    def shares(self, *, budget: int, prompt: int, num_layers: int, num_kv_heads: int) -> Tensor:
+        """(L, H) tokens that each KV head may hold, on the host; see `Allocator`.
+
+        Where decoding evicts, regions are as large as the budget even if the prompt is shorter: they fill up later.
+
+        Example:
+            >>> from layers.methods import build_method
+            >>> sizes = {"budget": 8, "prompt": 3, "num_layers": 1, "num_kv_heads": 1}
+            >>> [int(build_method(name).shares(**sizes)) for name in ("snapkv", "h2o")]
+            [3, 8]
+        """
+        prompt = max(prompt, budget) if self.evict else prompt
+        return self.allocator(budget=budget, prompt=prompt, num_layers=num_layers, num_kv_heads=num_kv_heads)
+
+    def room(self, tokens: int) -> int:
+        """Slots per KV head on top of the budget, for so many generated tokens: one where decoding evicts."""
+        return 1 if self.evict else tokens
+
+    def protects(self, pos_BHS: Tensor, seen_B: Tensor, keep_BH: Tensor) -> Tensor:
         """Which tokens are kept whatever their score.
 
         Args:
             pos_BHS: int32 absolute positions, -1 where empty.
             seen_B: int, tokens seen so far.
+            keep_BH: int, tokens that each head may keep.
 
         Returns:
             (B, H, S) bool; what it says of empty places does not matter.
 
         Example:
-            >>> import torch
             >>> from layers.methods import build_method
-            >>> build_method("streaming:sinks=1").protects(torch.arange(4).view(1, 1, 4), torch.tensor([4])).tolist()
+            >>> pos, seen, keep = torch.arange(4).view(1, 1, 4), torch.tensor([4]), torch.tensor([[2]])
+            >>> build_method("streaming:sinks=1").protects(pos, seen, keep).tolist()
             [[[True, False, False, True]]]
         """
-        return (pos_BHS < self.sinks) | (pos_BHS >= seen_B[:, None, None] - self.recent)
-
-    def scores(self, seen: Observation) -> Tensor:
-        """The scorer's numbers (B, H, S), infinite for tokens that are kept whatever their score."""
-        return self.scorer(seen).masked_fill(seen.protected_BHS, float("inf"))
+        recent_BH = torch.full_like(keep_BH, self.recent)
+        if self.evict is not None:
+            recent_BH = self.evict.protected(keep_BH).clamp(min=self.recent)
+        return (pos_BHS < self.sinks) | (pos_BHS >= seen_B[:, None, None] - recent_BH[..., None])
 
     def most(self, keep: Tensor, prompt: int) -> Tensor:
         """The most tokens that any head may come to keep, known before any score is.
 
         Args:
             keep: (..., L, H) int on the host, what the allocator gave.
-            prompt: tokens that there are at most.
+            prompt: tokens that there are at most; where decoding evicts, more will come.
 
         Returns:
             (...) int.
 
         Example:
-            >>> import torch
             >>> from layers.methods import build_method
             >>> keep = torch.full((2, 3), 8)
             >>> build_method("snapkv").most(keep, 100), build_method("adakv").most(keep, 100)
             (tensor(8), tensor(24))
         """
-        return keep.amax((-2, -1)) if self.sharing is None else keep.sum(-1).amax(-1).clamp(max=prompt)
+        if self.sharing is None:
+            return keep.amax((-2, -1))
+        most = keep.sum(-1).amax(-1)
+        return most if self.evict else most.clamp(max=prompt)
