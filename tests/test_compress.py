@@ -356,7 +356,7 @@ def test_methods_build_and_describe_themselves(name):
 
 
 @pytest.mark.parametrize("allocator", allocator_names())
-@pytest.mark.parametrize("name", [name for name in method_names() if name != "full"])
+@pytest.mark.parametrize("name", [name for name in method_names() if name not in ("full", "tova")])
 def test_any_scores_go_with_any_budgets(name, allocator):
     spec = f"{name}:allocator={allocator}"
     method, plain = build_method(spec, IMPORTANCE), build_method(name, IMPORTANCE)
@@ -378,7 +378,7 @@ def test_options_of_scores_and_budgets_go_together():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("snapkw", "choose from adakv, full, headkv, keydiff, pyramidkv, snapkv, streaming"),
+        ("snapkw", "choose from adakv, full, h2o, headkv, keydiff, pyramidkv, snapkv, streaming, tova"),
         ("snapkv:pool=3", "no option"),
         ("snapkv:window=x", "takes int"),
         ("snapkv:window=0", "window must be at least 1"),
@@ -392,6 +392,8 @@ def test_options_of_scores_and_budgets_go_together():
         ("base", "no cache method"),
         ("snapkv:allocator=snapkv", "no allocator 'snapkv': choose from adakv, headkv, pyramidkv, uniform"),
         ("adakv:allocator", "no allocator ''"),
+        ("tova:allocator=adakv", "tova has no option 'allocator=adakv': it takes none"),
+        ("h2o:ratio=1.5", "share of the budget between 0 and 1"),
         ("full:allocator=adakv", "full has no option 'allocator=adakv': it takes none"),
         ("snapkv:beta=2", "no option 'beta=2': write name=value with allocator, window"),
         ("headkv:allocator=adakv,beta=2", "with allocator, alpha, compat"),

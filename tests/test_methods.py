@@ -7,6 +7,7 @@ queries, keys and values runs through a prompt, 50 steps and a second turn.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -204,6 +205,9 @@ ORACLES = {
     "keydiff": {"scores": "keydiff", "sinks": 0, "recent": 1, "budgets": uniform, "choose": per_head, "ring": False},
     "snapkv:preset=tuned,allocator=headkv,beta=1.01": window(TUNED, headkv(1.01)),
     "headkv:allocator=uniform": window(TUNED),
+    "h2o": {"evicts": "sums", "recent_share": 0.5},
+    "h2o:ratio=0.2": {"evicts": "sums", "recent_share": 0.2},
+    "tova": {"evicts": "last weights", "recent_share": 0},
     "keydiff:allocator=adakv": {
         "scores": "keydiff",
         "sinks": 0,
@@ -273,12 +277,73 @@ class Loop:
                     held.append(self.seen[row])
         self.seen = [n + 1 for n in self.seen]
 
+    def evict(self):
+        """Nothing goes because of what a step attended to."""
+
     def answer(self, layer, row, head):
         """Of the last query, from all that the head holds."""
         h = head // (len(self.q[layer][row][0]) // H)
         held = self.held[layer][row][h]
         q, k, v = self.q[layer][row][self.seen[row] - 1][head], self.k[layer][row], self.v[layer][row]
         return answer(q, [k[j][h] for j in held], [v[j][h] for j in held])
+
+
+class EvictingLoop(Loop):
+    """Append, attend, evict: at once after a prompt, one by one while decoding."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.sums = [[[{} for _ in range(H)] for _ in self.rows] for _ in range(L)]
+        self.last = [[[{} for _ in range(H)] for _ in self.rows] for _ in range(L)]
+
+    def attend(self, layer, row, i):
+        """What query i pays to each token that a head holds and that is not newer."""
+        q, k = self.q[layer][row][i], self.k[layer][row]
+        G = len(q) // H
+        for h in range(H):
+            seen = [j for j in self.held[layer][row][h] if j <= i]
+            of_heads = [attention(q[h * G + g], [k[j][h] for j in seen]) for g in range(G)]
+            self.last[layer][row][h] = {j: mean(weights) for j, *weights in zip(seen, *of_heads, strict=True)}
+            for j, weight in self.last[layer][row][h].items():
+                self.sums[layer][row][h][j] = self.sums[layer][row][h].get(j, 0.0) + weight
+
+    def shrink(self, layer, row):
+        """Keep the last R, and of the others the best; the newer one among equals."""
+        R = math.floor(self.oracle["recent_share"] * self.budget)
+        for h, held in enumerate(self.held[layer][row]):
+            if len(held) > self.budget:
+                held.sort()
+                old, recent = held[: len(held) - R], held[len(held) - R :]
+                if self.oracle["evicts"] == "sums":
+                    score = self.sums[layer][row][h]
+                else:
+                    score = {j: mean([head[j] for head in self.last[layer][row]]) for j in old}
+                order = sorted(old, key=lambda j, score=score: (score[j], j))
+                held[:] = [*sorted(order[len(old) - (self.budget - R) :]), *recent]
+
+    def take_in(self, lengths):
+        for row in self.rows:
+            first, end = self.seen[row], self.seen[row] + lengths[row]
+            for layer in range(L):
+                for held in self.held[layer][row]:
+                    held.extend(range(first, end))
+                for i in range(first, end):
+                    self.attend(layer, row, i)
+                self.shrink(layer, row)
+            self.seen[row] = end
+
+    def store(self):
+        for layer in range(L):
+            for row in self.rows:
+                for held in self.held[layer][row]:
+                    held.append(self.seen[row])
+        self.seen = [n + 1 for n in self.seen]
+
+    def evict(self):
+        for layer in range(L):
+            for row in self.rows:
+                self.attend(layer, row, self.seen[row] - 1)
+                self.shrink(layer, row)
 
 
 def held_by(cache, row, layer, h):
@@ -290,11 +355,11 @@ def take_in(cache, method, tensors, seen, lengths, budget, room):
     """One turn through our parts; returns the outputs of every layer."""
     keep_BLH = torch.stack(
         [
-            method.allocator(budget=budget, prompt=n + new, num_layers=L, num_kv_heads=H)
+            method.shares(budget=budget, prompt=n + new, num_layers=L, num_kv_heads=H)
             for n, new in zip(seen, lengths, strict=True)
         ]
     )
-    chunk = PromptPass(cache, method, keep_BLH=keep_BLH, room=[room] * len(seen), new_tokens=lengths)
+    chunk = PromptPass(cache, method, keep_BLH=keep_BLH, room=[method.room(room)] * len(seen), new_tokens=lengths)
     most = max(lengths)
     out = []
     for layer in range(L):
@@ -316,8 +381,9 @@ def test_a_method_is_its_papers_formulas(spec, G, lengths):
     method = build_method(spec, {"r": importance, "r2": importance})
     slots = (200 + room) * L * H if spec == "full" else (budget + room) * L * H + 10  # what published rounding adds
     shape = ArenaShape(batch=B, num_layers=L, num_kv_heads=H, head_dim=D, slots=slots, dtype=torch.float32)
-    cache = ArenaCache(shape, "cpu")
-    loop = Loop(ORACLES[spec], q, k, v, budget, room, importance.double().tolist())
+    cache = ArenaCache(replace(shape, evict=method.evict), "cpu")
+    loop = EvictingLoop if method.evict else Loop
+    loop = loop(ORACLES[spec], q, k, v, budget, room, importance.double().tolist())
 
     def compare(when):
         for layer in range(L):
@@ -352,8 +418,9 @@ def test_a_method_is_its_papers_formulas(spec, G, lengths):
                         for head in range(G * H):
                             want = loop.answer(layer, row, head)
                             assert out[row, 0, head].tolist() == pytest.approx(want, abs=1e-5)
+            compare(f"step {step}")
+            loop.evict()
             cache.end_step()
-        compare("after 50 steps")
 
 
 def test_every_method_has_an_oracle():
