@@ -366,7 +366,7 @@ def fake(*arguments: object) -> None:
 
 
 def cases() -> Iterator[Case]:
-    """Lengths around tiles and blocks; groups, head dims, windows, rows that have ended, ties and nothing that may go."""
+    """Lengths around tiles and blocks, groups, head dims, windows, ended rows, ties, and nothing that may go."""
     yield Case(name="one token", make=partial(_arguments, [[1]], 64, 1, 0))
     yield Case(name="sums, D=80, 3 rows", make=partial(_arguments, [[65, 1], [257, 64], [3, 600]], 80, 4, 3))
     yield Case(name="sums, sliding, D=128", make=partial(_arguments, [[300, 17]], 128, 3, 5, window=200))
@@ -429,7 +429,9 @@ def _no_rows(dtype: torch.dtype) -> Arguments:
     return tuple(x[:0] if isinstance(x, Tensor) and x is not layer_1 else x for x in arguments)
 
 
-def bytes_moved(stat: Tensor, worst_BLH: Tensor, q_BND: Tensor, lse_BN: Tensor, k_arena: Tensor, *others: Tensor) -> int:
+def bytes_moved(
+    stat: Tensor, worst_BLH: Tensor, q_BND: Tensor, lse_BN: Tensor, k_arena: Tensor, *others: Tensor
+) -> int:
     """Filled keys once, positions and scores of their slots in and scores out, queries, and a slot per head."""
     _, _, length_BLH, _, layer_1 = others[:5]
     slot = k_arena.shape[2] * k_arena.element_size() + 12

@@ -23,7 +23,7 @@ def conversation(engine, prompt, turns=3, steps=14):
     return torch.stack(logits)
 
 
-@pytest.mark.parametrize("cache", ["headkv:window=4,recent=4", "adakv:window=4,recent=4", "full"])
+@pytest.mark.parametrize("cache", ["headkv:window=4,recent=4", "adakv:window=4,recent=4", "full", "h2o", "tova"])
 @pytest.mark.parametrize("windows", [(None, None, None), (24, 24, 24)], ids=["full", "sliding"])
 def test_one_compilation_serves_everything(cache, windows):
     torch._dynamo.reset()
@@ -56,10 +56,11 @@ def test_layers_of_two_kinds_take_two_compilations():
     assert counters["stats"]["unique_graphs"] == 2
 
 
-def test_a_ragged_batch_compiles_once_too():
+@pytest.mark.parametrize("cache", ["snapkv:window=4,recent=4", "h2o", "tova"])
+def test_a_ragged_batch_compiles_once_too(cache):
     torch._dynamo.reset()
     loaded = make_loaded()
-    options = {"cache": "snapkv:window=4,recent=4", "budget": 24, "max_new_tokens": 10, "max_context": 400}
+    options = {"cache": cache, "budget": 24, "max_new_tokens": 10, "max_context": 400}
     compiled, eager = Engine(loaded, compile="inductor", **options), Engine(loaded, **options)
     first = tokens(50, 90, 20)
     close(conversation(compiled, first), conversation(eager, first))
@@ -96,6 +97,16 @@ def test_many_rows_are_compiled_by_torch():
     compiled.prefill(many[:8])
     compiled.step([1] * 8)
     assert counters["stats"]["unique_graphs"] == 1, "few rows need no torch.compile"
+
+
+@pytest.mark.parametrize("cache", ["h2o", "tova"])
+def test_what_evicts_while_decoding_is_compiled_by_torch(cache):
+    loaded, options = make_loaded(), {"cache": cache, "budget": 24, "max_context": 100}
+    compiled, plain = (Engine(loaded, compile=compile, **options) for compile in (True, False))
+    torch._dynamo.reset()
+    counters.clear()
+    close(conversation(compiled, PROMPTS[3], turns=2), conversation(plain, PROMPTS[3], turns=2))
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_what_compile_may_be():

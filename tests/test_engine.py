@@ -1,5 +1,6 @@
 """The invariants of engine and cache, on a small random model and every method."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -159,7 +160,9 @@ def test_budgets_are_promises(loaded, spec):
             engine.step([1])
             generated = int(engine.cache.generated[0])
             if spec.startswith(EVICTING):  # until the budget and the next token's slot are full
-                assert torch.equal(engine.stats().kept, (engine.cache.kept + generated).clamp(max=engine.cache.capacity))
+                assert torch.equal(
+                    engine.stats().kept, (engine.cache.kept + generated).clamp(max=engine.cache.capacity)
+                )
                 assert int(engine.stats().kept.sum()) <= 25 * 6
                 continue
             room = min(generated, 6) if engine.budget else generated
@@ -523,6 +526,62 @@ def test_an_interrupted_step_leaves_nothing_behind(loaded, cache, said):
         start, kept = int(engine.cache.offset[0, layer, head]), int(engine.cache.kept[0, layer, head])
         held = engine.cache.pos[0, start : start + kept].tolist()
         assert held == sorted(set(held)) and min(held) == 0
+
+
+@pytest.mark.parametrize("said", [2, 30], ids=["room left", "full"])
+@pytest.mark.parametrize("cache", EVICTING)
+def test_an_interrupted_step_leaves_no_token_behind_where_decoding_evicts(loaded, cache, said):
+    options = {"cache": cache, "budget": 24, "max_context": 100}
+    engine, calm = Engine(loaded, **options), Engine(loaded, **options)
+    prompt, more = tokens(12, 5)
+    for made in (engine, calm):
+        made.prefill([prompt])
+        for token in range(said):
+            made.step([token])
+    blocks = engine._blocks
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    engine._blocks = [*blocks[:2], interrupted]
+    with pytest.raises(KeyboardInterrupt):
+        engine.step([50])
+    engine._blocks = blocks
+    if cache == "tova":  # the sums of h2o have seen the step
+        close(engine.step([51]), calm.step([51]))
+        close(engine.extend([more]), calm.extend([more]))
+    else:
+        engine.step([51])
+    for layer, head in torch.cartesian_prod(torch.arange(3), torch.arange(2)).tolist():
+        start, length = int(engine.cache.offset[0, layer, head]), int(engine.cache.length[0, layer, head])
+        held = engine.cache.pos[0, start : start + length].tolist()
+        assert len(held) == len(set(held)) and min(held) >= 0
+
+
+@pytest.mark.parametrize("cache", EVICTING)
+def test_a_budget_is_reached_whatever_the_prompt_and_never_exceeded(loaded, cache):
+    """The cache of a short prompt grows; until then it is the full cache."""
+    engine = Engine(loaded, cache=cache, budget=24, max_context=300)
+    full = Engine(loaded, cache="full", max_context=300)
+    close(engine.prefill(tokens(10)), full.prefill(tokens(10)))
+    for step in range(40):
+        got, want = engine.step([step]), full.step([step])
+        if step < 15:  # 25 tokens: nothing had to go before this step
+            close(got, want)
+        assert engine.stats().kept.unique().tolist() == [min(11 + step, 25)]
+    assert (got - want).abs().max() > 1e-2
+    assert engine.stats().nbytes == engine.cache.shape.nbytes
+
+
+def test_a_rule_and_a_cache_must_fit(loaded):
+    shape = ArenaShape(batch=1, num_layers=1, num_kv_heads=1, head_dim=8, slots=9, dtype=torch.float32)
+    keep = {"keep_BLH": torch.full((1, 1, 1), 4), "room": [1], "new_tokens": [9]}
+    with pytest.raises(ValueError, match=r"planned for None, tova needs ReplaceWorst\(accumulate=False"):
+        PromptPass(ArenaCache(shape, "cpu"), build_method("tova"), **keep)
+    with pytest.raises(ValueError, match="one set of tokens for all heads of a layer"):
+        replace(build_method("tova"), allocator=build_method("pyramidkv").allocator)
+    with pytest.raises(ValueError, match="needs no decode_room: leave it out"):
+        Engine(loaded, cache="h2o", decode_room=5)
 
 
 def test_a_failed_allocation_leaves_the_engine_as_it_was(loaded, monkeypatch):

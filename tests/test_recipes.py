@@ -156,6 +156,9 @@ SPECS = [
     "pyramidkv:preset=tuned",
     "keydiff",
     "keydiff:allocator=adakv,alpha=0.1",
+    "h2o",
+    "h2o:allocator=headkv",
+    "tova",
 ]
 
 

@@ -70,7 +70,8 @@ class Engine:
         compile: decode through compiled code. True takes what is fastest: on a CPU and up to 8 rows one C++ operator
             for all blocks (built once per machine), for more torch.compile, once for all layers, and so for methods
             that evict while decoding, whatever the rows; on a CUDA device the whole step as a graph, captured when the
-            first token is decoded. "inductor" takes torch.compile for the blocks in any case. From then on all engines of the process use the C++ operators where PyTorch's would run.
+            first token is decoded. "inductor" takes torch.compile for the blocks in any case. From then on all engines
+            of the process use the C++ operators where PyTorch's would run.
         importance: head-importance file for methods that need one; None takes the one that ships for the model.
         chunk_tokens: prompts longer than this are taken in chunks of as many tokens, compressed after each.
         allow_overflow: allow conversations longer than the model's trained context.
