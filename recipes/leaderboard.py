@@ -91,22 +91,20 @@ def evaluate(
         replays[cache] = Replay(seen, method, list(by_budget), room=question.room, later=len(later))
         if later:
             replays[cache].extend(later)
-    # The full cache is larger than all others together: it decodes alone.
-    groups = [cache for cache in replays if cache == "full"], [cache for cache in replays if cache != "full"]
+    logits = answer(list(replays.values()), question.lead + question.gold)
+    texts: list[list[list[int]]] | None = None
+    if question.example is not None:
+        stop_ids, limit = record.loaded.chat.stop_ids, question.example.max_new_tokens
+        texts = generate(list(replays.values()), question.lead, max_new_tokens=limit, stop_ids=stop_ids)
     results: dict[str, dict[str, list[float]]] = {}
-    for group in filter(None, groups):
-        together = [replays[cache] for cache in group]
-        logits = torch.cat(answer(together, question.lead + question.gold))
-        cells = [(cache, budget, engine) for cache in group for budget, engine in engines[cache].items()]
-        texts: list[list[int]] | None = None
-        if question.example is not None:
-            stop_ids, limit = record.loaded.chat.stop_ids, question.example.max_new_tokens
-            texts = generate(together, question.lead, max_new_tokens=limit, stop_ids=stop_ids)
-        for row, (cache, budget, engine) in enumerate(cells):
+    for number, (cache, by_budget) in enumerate(engines.items()):
+        for row, (budget, engine) in enumerate(by_budget.items()):
             if verify:
-                check_with_engine(engine, question, mode, logits[row])
-            right, nll = likelihood(logits[row], question)
-            score = float(right) if texts is None else question.score(record.loaded.tokenizer.decode(texts[row]))
+                check_with_engine(engine, question, mode, logits[number][row])
+            right, nll = likelihood(logits[number][row], question)
+            score = float(right)
+            if texts is not None:
+                score = question.score(record.loaded.tokenizer.decode(texts[number][row]))
             results.setdefault(cache, {})[str(budget)] = [round(score, 4), round(nll, 5)]
     return results
 

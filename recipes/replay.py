@@ -1,13 +1,13 @@
 """Prefill a prompt once and compress it in many ways: what makes a comparison of cache settings cheap.
 
 Prefill is nearly all of the cost of a needle prompt, and until a layer is compressed it does not depend on the cache.
-So one dense pass is recorded; for every method each budget becomes a row of an arena, and all arenas decode together.
+So one dense pass is recorded; for every method each budget becomes a row of an arena, and arenas decode together.
 The outcome is that of `Engine.prefill`, `extend` and `step` for each setting; tests/test_recipes.py compares them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -165,7 +165,7 @@ class Replay:
 
 @torch.inference_mode()
 def answer(replays: Sequence[Replay], ids: list[int]) -> list[Tensor]:
-    """Decode a given answer through copies of the caches of several replays of one model, all together.
+    """Decode a given answer through copies of the caches of several replays of one model, together where they can.
 
     Args:
         replays: prompts in caches.
@@ -174,16 +174,19 @@ def answer(replays: Sequence[Replay], ids: list[int]) -> list[Tensor]:
     Returns:
         Per replay (B, A, V) logits, those at a predicting answer token a from the prompt and the answer before it.
     """
-    batch = _Batch(replays)
-    logits = [batch.logits_BV, *(batch.step([token] * len(batch.logits_BV)) for token in ids[:-1])]
-    return list(torch.stack(logits, dim=1).split([len(replay.logits_BV) for replay in replays]))
+
+    def decode(batch: _Batch) -> Sequence[Tensor]:
+        rows = len(batch.logits_BV)
+        return torch.stack([batch.logits_BV, *(batch.step([token] * rows) for token in ids[:-1])], dim=1).unbind()
+
+    return [torch.stack(rows) for rows in _in_batches(replays, decode)]
 
 
 @torch.inference_mode()
 def generate(
     replays: Sequence[Replay], lead: list[int], *, max_new_tokens: int, stop_ids: Collection[int]
-) -> list[list[int]]:
-    """Continue an answer greedily through copies of the caches of several replays of one model, all together.
+) -> list[list[list[int]]]:
+    """Continue an answer greedily through copies of the caches of several replays of one model.
 
     Args:
         replays: prompts in caches.
@@ -192,23 +195,40 @@ def generate(
         stop_ids: tokens that end an answer.
 
     Returns:
-        Token ids of every row of every replay, without the lead and what ends them.
+        Per replay and row, token ids without the lead and what ends them.
     """
-    batch = _Batch(replays)
-    logits_BV = batch.logits_BV
-    for token in lead:
-        logits_BV = batch.step([token] * len(logits_BV))
-    texts: list[list[int]] = [[] for _ in logits_BV]
-    going = set(range(len(texts)))
-    for _ in range(max_new_tokens):
-        tokens = logits_BV.argmax(-1).tolist()
-        going -= {row for row in going if tokens[row] in stop_ids}
-        for row in going:
-            texts[row].append(tokens[row])
-        if not going:
-            break
-        logits_BV = batch.step(tokens)
-    return texts
+
+    def decode(batch: _Batch) -> list[list[int]]:
+        logits_BV = batch.logits_BV
+        for token in lead:
+            logits_BV = batch.step([token] * len(logits_BV))
+        texts: list[list[int]] = [[] for _ in logits_BV]
+        going = set(range(len(texts)))
+        for _ in range(max_new_tokens):
+            tokens = logits_BV.argmax(-1).tolist()
+            going -= {row for row in going if tokens[row] in stop_ids}
+            for row in going:
+                texts[row].append(tokens[row])
+            if not going:
+                break
+            logits_BV = batch.step(tokens)
+        return texts
+
+    return _in_batches(replays, decode)
+
+
+def _in_batches(replays: Sequence[Replay], decode: Callable[[_Batch], Sequence[Any]]) -> list[list[Any]]:
+    """Decode caches of one kind and of similar size together: what each replay's rows give."""
+    batches: dict[object, list[int]] = {}
+    for index, replay in enumerate(replays):
+        shape = replay.cache.shape
+        batches.setdefault((shape.evict, shape.slots.bit_length()), []).append(index)
+    results: list[list[Any]] = [[] for _ in replays]
+    for indices in batches.values():
+        rows = iter(decode(_Batch([replays[index] for index in indices])))
+        for index in indices:
+            results[index] = [next(rows) for _ in replays[index].logits_BV]
+    return results
 
 
 class _Batch:
