@@ -5,7 +5,7 @@ Only what imports in no time is here; take the rest from its module, e.g. `from 
 
 from checkpoints.config import ModelConfig, RopeConfig, config_hash, load_config
 from checkpoints.errors import CheckpointError
-from checkpoints.importance import HeadImportance, read_importance, write_importance
+from checkpoints.importance import HeadImportance, read_all_importance, read_importance, write_importance
 
 __all__ = [
     "CheckpointError",
@@ -14,6 +14,7 @@ __all__ = [
     "RopeConfig",
     "config_hash",
     "load_config",
+    "read_all_importance",
     "read_importance",
     "write_importance",
 ]

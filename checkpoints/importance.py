@@ -1,4 +1,4 @@
-"""How much each query head matters for retrieval: scores that a calibration wrote, and only for the model it saw."""
+"""What a calibration found out about a model's query heads and layers, and only for the model it saw."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from checkpoints.config import ModelConfig, config_hash
 from checkpoints.errors import CheckpointError
 from checkpoints.storage import atomic_file
 
-METHODS = ("r", "r2")
+HEAD_METHODS = ("r", "r2", "semantic")
+METHODS = (*HEAD_METHODS, "layer_errors")
 _VERSION = 1
 
 
@@ -26,13 +27,15 @@ class HeadImportance:
         model_id: the model they were found on, as the user calls it.
         config_hash: `config_hash` of its configuration; "" in a published file, which does not say.
         tokenizer_hash: fingerprint of its tokenizer; "" likewise.
-        method: "r" (retrieval) or "r2" (retrieval and reasoning).
+        method: "r" (retrieval), "r2" (retrieval and reasoning), "semantic" (attention to all of a needle, words around
+            the answer included) or "layer_errors" (what compressing a layer alone costs its attention output).
         trials: prompts behind the scores, >= 1.
-        scores_LN: per layer, per query head: finite, >= 0, higher matters more.
+        scores_LN: per layer, per query head: finite, >= 0, higher matters more. Of "layer_errors", one number per layer
+            (N = 1).
         provenance: free notes, e.g. command, date, prompts.
 
     Source:
-        HeadKV, arXiv 2410.19258, section 3.1.
+        HeadKV, arXiv 2410.19258, section 3.1 (r, r2); CompressKV, arXiv 2508.02401 (semantic, layer_errors).
     """
 
     model_id: str
@@ -53,14 +56,13 @@ def read_importance(
         path: a json file.
         config: of the model that will use the scores.
         tokenizer_hash: of the same model; None leaves it unchecked.
-        method: "r" or "r2"; a published file does not name its method and is taken to be this one.
+        method: one of `METHODS`; a published file does not name its method and is taken to be any but "layer_errors".
 
     Returns:
         The scores.
 
     Raises:
-        CheckpointError: no such file; not valid json; made for another model; the method is not in it; not (L, N)
-            numbers that are finite and >= 0.
+        CheckpointError: as `read_all_importance`, **or** the method is not in the file.
 
     Example:
         >>> import tempfile
@@ -74,6 +76,29 @@ def read_importance(
         >>> read_importance(path, config=config).scores_LN
         ((0.25, 2.0),)
     """
+    found = read_all_importance(path, config=config, tokenizer_hash=tokenizer_hash)
+    if method not in found:
+        raise CheckpointError(f"{path} has no scores of method {method!r}; it has {', '.join(found) or 'none'}")
+    return found[method]
+
+
+def read_all_importance(
+    path: Path, *, config: ModelConfig, tokenizer_hash: str | None = None
+) -> dict[str, HeadImportance]:
+    """Read the scores of every method that a file has; older files have fewer.
+
+    Args:
+        path: a json file.
+        config: of the model that will use the scores.
+        tokenizer_hash: of the same model; None leaves it unchecked.
+
+    Returns:
+        Scores by method, in the order of `METHODS`.
+
+    Raises:
+        CheckpointError: no such file; not valid json; made for another model; not numbers that are finite and >= 0, per
+            layer and query head, or per layer.
+    """
     try:
         data = json.loads(path.read_bytes())
     except OSError as error:
@@ -83,7 +108,7 @@ def read_importance(
     if not isinstance(data, dict) or not data:
         raise CheckpointError(f"{path} is not a head importance file: it must hold a json object with scores")
     if "methods" not in data:
-        return _published(path, data, config, method)
+        return _published(path, data, config)
 
     if data.get("version") != _VERSION:
         raise CheckpointError(f"{path} has version {data.get('version')!r}: supported is {_VERSION}; calibrate again")
@@ -97,23 +122,26 @@ def read_importance(
                 f"{path} is of another model: it was made for {model_id!r} with {what} {str(stated)[:12]}, and this "
                 f"{config.model_type} model has {ours[:12]}; calibrate this model's own"
             )
-    methods = data["methods"]
-    if not isinstance(methods, dict) or not isinstance(methods.get(method), dict):
-        held = ", ".join(methods) if isinstance(methods, dict) and methods else "none"
-        raise CheckpointError(f"{path} has no scores of method {method!r}; it has {held}")
-    trials = methods[method].get("trials")
-    if type(trials) is not int or trials < 1:
-        raise CheckpointError(f"{path}: trials must be a positive integer, not {trials!r}")
-    provenance = data.get("provenance", {})
-    return HeadImportance(
-        model_id=str(model_id),
-        config_hash=data["config_hash"],
-        tokenizer_hash=str(data.get("tokenizer_hash")),
-        method=method,
-        trials=trials,
-        scores_LN=_scores(path, methods[method].get("scores"), config),
-        provenance=provenance if isinstance(provenance, dict) else {},
-    )
+    methods, provenance = data["methods"], data.get("provenance", {})
+    found = {}
+    for method in METHODS:
+        part = methods.get(method) if isinstance(methods, dict) else None
+        if not isinstance(part, dict):
+            continue
+        trials = part.get("trials")
+        if type(trials) is not int or trials < 1:
+            raise CheckpointError(f"{path}: trials must be a positive integer, not {trials!r}")
+        read = _layer_scores if method == "layer_errors" else _head_scores
+        found[method] = HeadImportance(
+            model_id=str(model_id),
+            config_hash=data["config_hash"],
+            tokenizer_hash=str(data.get("tokenizer_hash")),
+            method=method,
+            trials=trials,
+            scores_LN=read(path, part.get("scores"), config),
+            provenance=provenance if isinstance(provenance, dict) else {},
+        )
+    return found
 
 
 def write_importance(path: Path, scores: Sequence[HeadImportance]) -> None:
@@ -143,14 +171,20 @@ def write_importance(path: Path, scores: Sequence[HeadImportance]) -> None:
         "model_id": scores[0].model_id,
         "config_hash": scores[0].config_hash,
         "tokenizer_hash": scores[0].tokenizer_hash,
-        "methods": {item.method: {"trials": item.trials, "scores": item.scores_LN} for item in scores},
+        "methods": {
+            item.method: {
+                "trials": item.trials,
+                "scores": [row[0] for row in item.scores_LN] if item.method == "layer_errors" else item.scores_LN,
+            }
+            for item in scores
+        },
         "provenance": scores[0].provenance,
     }
     with atomic_file(path) as partial:
         partial.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
 
 
-def _published(path: Path, data: Mapping[str, Any], config: ModelConfig, method: str) -> HeadImportance:
+def _published(path: Path, data: Mapping[str, Any], config: ModelConfig) -> dict[str, HeadImportance]:
     rows: dict[tuple[int, int], list[Any]] = {}
     for key, values in data.items():
         layer, dash, head = key.partition("-")
@@ -171,18 +205,22 @@ def _published(path: Path, data: Mapping[str, Any], config: ModelConfig, method:
         raise CheckpointError(f"{path} is damaged: its heads have between {min(trials)} and {max(trials)} trials")
     table = [[rows[layer, head] for head in range(config.num_heads)] for layer in range(config.num_layers)]
     checked = [[_numbers(path, values) for values in row] for row in table]
-    return HeadImportance(
-        model_id=path.stem,
-        config_hash="",
-        tokenizer_hash="",
-        method=method,
-        trials=trials.pop(),
-        scores_LN=tuple(tuple(math.fsum(values) / len(values) for values in row) for row in checked),
-        provenance={"form": "published"},
-    )
+    scores_LN = tuple(tuple(math.fsum(values) / len(values) for values in row) for row in checked)
+    return {
+        method: HeadImportance(
+            model_id=path.stem,
+            config_hash="",
+            tokenizer_hash="",
+            method=method,
+            trials=min(trials),
+            scores_LN=scores_LN,
+            provenance={"form": "published"},
+        )
+        for method in HEAD_METHODS
+    }
 
 
-def _scores(path: Path, table: Any, config: ModelConfig) -> tuple[tuple[float, ...], ...]:
+def _head_scores(path: Path, table: Any, config: ModelConfig) -> tuple[tuple[float, ...], ...]:
     rows = table if isinstance(table, list) else []
     if len(rows) != config.num_layers or any(not isinstance(row, list) or len(row) != config.num_heads for row in rows):
         raise CheckpointError(
@@ -190,6 +228,12 @@ def _scores(path: Path, table: Any, config: ModelConfig) -> tuple[tuple[float, .
             f"{config.num_heads} heads"
         )
     return tuple(_numbers(path, row) for row in rows)
+
+
+def _layer_scores(path: Path, values: Any, config: ModelConfig) -> tuple[tuple[float, ...], ...]:
+    if not isinstance(values, list) or len(values) != config.num_layers:
+        raise CheckpointError(f"{path} is of another model: its layer errors are not {config.num_layers} numbers")
+    return tuple((value,) for value in _numbers(path, values))
 
 
 def _numbers(path: Path, values: list[Any]) -> tuple[float, ...]:

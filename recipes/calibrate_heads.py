@@ -1,14 +1,20 @@
-"""Find out which query heads retrieve: R and R2 scores of any model that we load.
+"""Find out which query heads retrieve, and which layers compression harms, in any model that we load.
 
     python -m recipes.calibrate_heads --model smollm2-135m --output zoo/importance/smollm2-135m.json
 
 A trial is a needle prompt with the gold answer appended, run through the model once. For the answer's tokens only, the
-attention of every head is looked at: does it point to where the answer stands in the prompt? Trials that the model
-itself does not answer say nothing about its heads and are left out.
+attention of every head is looked at: does it point to where the answer stands in the prompt (R, R2), or to anything
+that was hidden there, the words around the answer included (semantic)? Trials that the model itself does not answer say
+nothing about its heads and are left out.
+
+The others are run once more. Each layer alone keeps the 32 tokens of the prompt that its best semantic heads choose:
+how far does that move its attention output while the answer is written (layer errors)?
+
+What is done is kept beside the output until all is done, so a run that was interrupted goes on where it was.
 
 Source:
     Wu et al., Retrieval Head Mechanistically Explains Long-Context Factuality, 2024 (R); Fu et al., HeadKV, ICLR 2025,
-    equations 1 and 2 (R, R2).
+    equations 1 and 2 (R, R2); CompressKV, 2025 (semantic retrieval heads, layer errors).
 """
 
 from __future__ import annotations
@@ -43,45 +49,52 @@ class Trial:
         accepted: the model gave at least three quarters of the answer's tokens by itself.
         r_LN: retrieval scores.
         r2_LN: retrieval-and-reasoning scores.
+        semantic_LN: semantic retrieval scores.
     """
 
     kind: str
     accepted: bool
     r_LN: Tensor
     r2_LN: Tensor
+    semantic_LN: Tensor
 
 
 class AnswerAttention:
-    """Attends as usual and notes, layer by layer, how the last queries' attention falls on the gold answer.
+    """Attends as usual and notes, layer by layer, how the last queries' attention falls on what was hidden.
 
     Args:
-        ids_T: all tokens of the sequence.
-        answer_A: the tokens that the last A positions are to produce.
-        gold: where the answer stands in the sequence.
+        prompt: where things are in the sequence.
+        ids_T: all tokens of the sequence: the prompt and its answer, but for the answer's last token.
     """
 
-    def __init__(self, ids_T: Tensor, answer_A: Tensor, gold: range) -> None:
-        self.ids_T, self.answer_A, self.gold = ids_T, answer_A, gold
+    def __init__(self, prompt: NeedlePrompt, ids_T: Tensor) -> None:
+        self.prompt, self.ids_T = prompt, ids_T
+        self.answer_A = torch.tensor(prompt.value, device=ids_T.device)
         self.r_LN: list[Tensor] = []
         self.r2_LN: list[Tensor] = []
+        self.semantic_LN: list[Tensor] = []
 
     def attend(self, layer_1: Tensor, q_BTND: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, window: int | None) -> Tensor:
         """Attend within the sequence; see `layers.cache.base.KVCache`."""
-        rows = len(self.answer_A)
-        q_NAD = q_BTND[0, -rows:].transpose(0, 1).float()
-        k_NDT = k_BTHD[0].permute(1, 2, 0).repeat_interleave(len(q_NAD) // k_BTHD.shape[2], dim=0).float()
-        place_T = torch.arange(len(self.ids_T), device=q_NAD.device)
-        row_A1 = place_T[-rows:, None]
-        seen_AT = place_T <= row_A1
-        if window is not None:
-            seen_AT &= place_T > row_A1 - window
-        logit_NAT = (q_NAD @ k_NDT) * q_NAD.shape[-1] ** -0.5
-        r_N, r2_N = retrieval_scores(
-            logit_NAT.masked_fill(~seen_AT, float("-inf")).softmax(-1), self.ids_T, self.answer_A, self.gold
-        )
+        logit_NAT, seen_AT = logits(q_BTND[:, -len(self.answer_A) :], k_BTHD.transpose(1, 2), window)
+        weight_NAT = logit_NAT.masked_fill(~seen_AT, float("-inf")).softmax(-1)
+        r_N, r2_N = retrieval_scores(weight_NAT, self.ids_T, self.answer_A, self.prompt.gold)
         self.r_LN.append(r_N)
         self.r2_LN.append(r2_N)
+        self.semantic_LN.append(semantic_scores(weight_NAT, self.ids_T, self.answer_A, self.prompt.statement))
         return NoCache().attend(layer_1, q_BTND, k_BTHD, v_BTHD, window)
+
+
+def logits(q_1AND: Tensor, k_1HTD: Tensor, sliding: int | None) -> tuple[Tensor, Tensor]:
+    """Scaled products of a sequence's last A queries with all T keys, (N, A, T), and which are seen, (A, T)."""
+    q_NAD, k_HTD = q_1AND[0].transpose(0, 1).float(), k_1HTD[0].float()
+    k_NTD = k_HTD.repeat_interleave(len(q_NAD) // len(k_HTD), dim=0)
+    place_T = torch.arange(k_NTD.shape[1], device=q_NAD.device)
+    row_A1 = place_T[-q_NAD.shape[1] :, None]
+    seen_AT = place_T <= row_A1
+    if sliding is not None:
+        seen_AT &= place_T > row_A1 - sliding
+    return (q_NAD @ k_NTD.transpose(1, 2)) * q_NAD.shape[-1] ** -0.5, seen_AT
 
 
 def retrieval_scores(weight_NAT: Tensor, ids_T: Tensor, answer_A: Tensor, gold: range) -> tuple[Tensor, Tensor]:
@@ -112,19 +125,42 @@ def retrieval_scores(weight_NAT: Tensor, ids_T: Tensor, answer_A: Tensor, gold: 
     return copied_NA.sum(-1) / len(gold), (best_NAC * inside_NAC).sum((-1, -2)) / len(gold)
 
 
+def semantic_scores(weight_NAT: Tensor, ids_T: Tensor, answer_A: Tensor, statement: range) -> Tensor:
+    """How much of every head's attention falls on all that was hidden while tokens of it are written.
+
+    Of each answer step, the attention on the whole statement counts as often as the step's token occurs in it.
+
+    Args:
+        weight_NAT: attention of each head from each of A answer steps.
+        ids_T: the sequence.
+        answer_A: the token that each step is to produce.
+        statement: places of what was hidden.
+
+    Returns:
+        (N,).
+
+    Example:
+        >>> weight = torch.tensor([[[0.1, 0.7, 0.2]]])
+        >>> semantic_scores(weight, torch.tensor([5, 6, 6]), torch.tensor([6]), range(1, 3))
+        tensor([1.8000])
+    """
+    times_A = (ids_T[statement.start : statement.stop] == answer_A[:, None]).sum(-1)
+    return (weight_NAT[..., statement.start : statement.stop].sum(-1) * times_A).sum(-1)
+
+
 @torch.inference_mode()
 def run_trial(loaded: Loaded, prompt: NeedlePrompt) -> Trial:
     """Score all heads on one prompt, in one forward."""
     device = loaded.model.embed.weight.device
     answer_A = torch.tensor(prompt.value, device=device)
     ids_T = torch.tensor(prompt.ids + prompt.lead + prompt.value[:-1], device=device)
-    recorder = AnswerAttention(ids_T, answer_A, prompt.gold)
+    recorder = AnswerAttention(prompt, ids_T)
     position_1T = torch.arange(len(ids_T), device=device)[None]
     x_1TE = loaded.model.hidden(ids_T[None], loaded.model.rope(position_1T, len(ids_T)), recorder)
     said_A = loaded.model.logits(x_1TE[0, -len(answer_A) :]).argmax(-1)
     accepted = float((said_A == answer_A).float().mean()) >= ACCEPTED_SHARE
-    r_LN, r2_LN = torch.stack(recorder.r_LN).cpu(), torch.stack(recorder.r2_LN).cpu()
-    return Trial(kind=prompt.kind, accepted=accepted, r_LN=r_LN, r2_LN=r2_LN)
+    r_LN, r2_LN, semantic_LN = (torch.stack(x).cpu() for x in (recorder.r_LN, recorder.r2_LN, recorder.semantic_LN))
+    return Trial(kind=prompt.kind, accepted=accepted, r_LN=r_LN, r2_LN=r2_LN, semantic_LN=semantic_LN)
 
 
 def calibration_prompts(loaded: Loaded, *, trials: int, lengths: list[int], seed: int) -> list[NeedlePrompt]:

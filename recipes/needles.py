@@ -29,6 +29,7 @@ class NeedlePrompt:
         lead: how the answer begins, words that the question already gave.
         value: what only the needle says.
         gold: places of `value` in `ids`.
+        statement: places in `ids` of all that was hidden: `value` and the words around it.
     """
 
     split: str
@@ -40,6 +41,7 @@ class NeedlePrompt:
     lead: list[int]
     value: list[int]
     gold: range
+    statement: range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +132,7 @@ def make_prompt(
         lead=lead,
         value=value,
         gold=gold,
+        statement=range(gold.start - len(said), gold.stop + len(rest)),
     )
 
 

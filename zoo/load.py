@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from checkpoints import CheckpointError
 from checkpoints.config import ModelConfig, config_hash, load_config
-from checkpoints.importance import METHODS, read_importance
+from checkpoints.importance import read_all_importance
 from checkpoints.resolve import DEFAULT_MODEL, resolve
 
 # torch takes seconds to import: whoever only wants `--help` does not wait for it.
@@ -123,7 +123,8 @@ def head_importance(loaded: Loaded, path: str | Path | None = None) -> dict[str,
         path: an importance file; None searches the package for one of the same model and tokenizer.
 
     Returns:
-        (L, N) fp32 scores by kind ("r", "r2").
+        fp32 scores by kind, those that the file has: (L, N) of query heads ("r", "r2", "semantic") and (L,) of layers
+        ("layer_errors").
 
     Raises:
         CheckpointError: the file is not one, **or** belongs to another model, **or** none ships for this model.
@@ -139,6 +140,6 @@ def head_importance(loaded: Loaded, path: str | Path | None = None) -> dict[str,
             f"no head importance ships for {loaded.name}: make a file with `python -m recipes.calibrate_heads "
             f"--model {loaded.name} --output importance.json`, then pass --importance importance.json"
         )
-    tokenizer_hash = loaded.tokenizer.fingerprint()
-    read = [read_importance(Path(path), config=loaded.config, tokenizer_hash=tokenizer_hash, method=m) for m in METHODS]
-    return {scores.method: torch.tensor(scores.scores_LN) for scores in read}
+    found = read_all_importance(Path(path), config=loaded.config, tokenizer_hash=loaded.tokenizer.fingerprint())
+    tensors = {kind: torch.tensor(scores.scores_LN) for kind, scores in found.items()}
+    return {kind: scores.squeeze(1) if kind == "layer_errors" else scores for kind, scores in tensors.items()}

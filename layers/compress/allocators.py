@@ -199,6 +199,73 @@ class Pyramid:
         return num_kv_heads * num_layers * max(0, num_layers - 2) // 2 if self.compat else 0
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LayerErrors:
+    """CompressKV's allocation: the same for all heads of a layer, more where compressing does more harm.
+
+    With budget C, T = C L for L layers, errors e that add up to 1, floor m and ceiling M, layer l has
+    clip(m + round(e_l (T - m L)), m, M). What the total T still lacks goes to layers below M one token at a time, the
+    largest error first, again and again; what is too much is taken from layers above m, the smallest error first.
+    Totals are exact.
+
+    Args:
+        error_L: harm done by compressing each layer, >= 0; all zero means uniform.
+        floor: m, tokens that every layer keeps, protected ones included. It is never less than what is protected nor
+            more than the budget.
+        ceiling: M in budgets, >= 1; no layer gets more than the prompt either.
+        protected: tokens of every head that are kept whatever their score (sinks and recent ones).
+
+    Raises:
+        ValueError: a ceiling below 1, **or** a negative floor.
+
+    Source:
+        CompressKV, 2025, section on error-aware layer budgets.
+
+    Example:
+        >>> share = LayerErrors(error_L=torch.tensor([0.1, 0.6, 0.3]), floor=8, ceiling=3.0, protected=4)
+        >>> share(budget=18, prompt=100, num_layers=3, num_kv_heads=1).tolist()
+        [[11], [26], [17]]
+    """
+
+    error_L: Tensor
+    floor: int
+    ceiling: float
+    protected: int
+
+    def __post_init__(self) -> None:
+        if not self.ceiling >= 1 or self.floor < 0:
+            raise ValueError(
+                f"ceiling must be at least 1 budget and floor at least 0 tokens, not {self.ceiling} and {self.floor}"
+            )
+
+    def __call__(self, *, budget: int, prompt: int, num_layers: int, num_kv_heads: int) -> Tensor:
+        """Share the budget out; the errors must be those of a model with as many layers.
+
+        Raises:
+            ValueError: they are not.
+        """
+        if len(self.error_L) != num_layers:
+            raise ValueError(f"layer errors are for {len(self.error_L)} layers, the model has {num_layers}")
+        if prompt <= budget:
+            return torch.full((num_layers, num_kv_heads), prompt)
+        least = min(max(self.floor, self.protected), budget)
+        most = int(min(self.ceiling * budget, prompt))
+        error_L = self.error_L.double()
+        error_L = error_L / error_L.sum() if error_L.sum() > 0 else torch.full_like(error_L, 1 / num_layers)
+        keep_L = (least + (error_L * (budget - least) * num_layers).round()).clamp(least, most).long()
+        missing = budget * num_layers - int(keep_L.sum())
+        order = error_L.argsort(stable=True, descending=missing > 0)
+        if missing > 0:
+            keep_L[order] += in_turns(missing, most - keep_L[order])
+        else:
+            keep_L[order] -= in_turns(-missing, keep_L[order] - least)
+        return keep_L[:, None].repeat(1, num_kv_heads)
+
+    def surplus(self, *, num_layers: int, num_kv_heads: int) -> int:
+        """None."""
+        return 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerTopK:
     """Ada-KV's allocation: the best tokens of a layer, whichever heads they are in, and some of every head.
@@ -316,3 +383,26 @@ def largest_remainder(share: Tensor, total: int) -> Tensor:
     first = (share - whole).argsort(descending=True, stable=True)[:missing]
     whole[first] += 1
     return whole.long()
+
+
+def in_turns(count: int, room: Tensor) -> Tensor:
+    """Deal out tokens one at a time, round after round, to everyone who still has room.
+
+    Args:
+        count: tokens, at most `room.sum()`.
+        room: (n,) int64, the most that each can take, >= 0.
+
+    Returns:
+        (n,) int64, `count` in total; in an unfinished round the first have one more.
+
+    Example:
+        >>> in_turns(6, torch.tensor([1, 5, 3])).tolist()
+        [1, 3, 2]
+    """
+    given = torch.zeros_like(room)
+    while count:
+        takers = (given < room).nonzero().flatten()[:count]
+        rounds = min(count // len(takers), int((room - given)[takers].min()))
+        given[takers] += rounds
+        count -= rounds * len(takers)
+    return given

@@ -1,0 +1,172 @@
+"""Heat maps of head importance, and of the tokens that every way to share a budget gives to each KV head.
+
+    python -m recipes.plot_heads --model smollm2-135m --budget 128 --output heads.png
+
+The upper row is what `recipes.calibrate_heads` found: a map of layers and query heads per kind, and what compressing
+each layer alone does to its attention output. The lower row is one prompt, compressed with the same scores and with the
+budgets of every allocator: a map of layers and KV heads each, on one scale.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from checkpoints.resolve import DEFAULT_MODEL
+from layers.methods import allocator_names, build_method
+from recipes.needles import make_prompt
+from recipes.replay import Record, compress
+from zoo import Loaded, cli, load
+from zoo.load import DTYPES, head_importance
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+KINDS = {
+    "r": "R: copies the answer",
+    "r2": "R2: attends to the answer",
+    "semantic": "semantic: attends to\nthe answer and the words around it",
+}
+
+
+@torch.inference_mode()
+def budgets(
+    loaded: Loaded, ids: list[int], *, cache: str, allocators: Sequence[str], budget: int, scores: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Tokens of a prompt that each KV head keeps under each allocator.
+
+    Args:
+        loaded: the model.
+        ids: the prompt.
+        cache: the method, with options, whose scores decide; its own budgets are not used.
+        allocators: names, of `layers.methods.allocator_names()`.
+        budget: mean tokens per KV head.
+        scores: head importance by kind.
+
+    Returns:
+        (L, H) int32 by allocator.
+
+    Raises:
+        ValueError: as `layers.methods.build_method`, **or** a budget below what the method always keeps.
+    """
+    joint = "," if ":" in cache else ":"
+    methods = [build_method(f"{cache}{joint}allocator={name}", scores) for name in allocators]
+    if budget < methods[0].protected:
+        raise ValueError(f"{cache} always keeps {methods[0].protected} tokens: raise the budget of {budget}")
+    record = Record(loaded, ids, methods[0].scorer.window)
+    kept_BLH = compress(record, [(method, budget) for method in methods], room=1).kept.cpu()
+    return dict(zip(allocators, kept_BLH, strict=True))
+
+
+def draw(scores: Mapping[str, Tensor], kept: Mapping[str, Tensor], *, title: str, subtitle: str) -> Figure:
+    """Draw both rows.
+
+    Args:
+        scores: head importance by kind, (L, N) each, and if there are any "layer_errors", (L,).
+        kept: (L, H) tokens of each KV head by allocator.
+        title: of the picture.
+        subtitle: of the lower row.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.colors import LogNorm
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator, ScalarFormatter
+    except ImportError:
+        raise ValueError("plots need matplotlib: run `pip install -c constraints.txt -e '.[plot]'`") from None
+
+    figure = Figure(figsize=(13, 13), layout="constrained")
+    figure.suptitle(title, fontsize=15)
+    above, below = figure.subfigures(2, 1, hspace=0.04)
+    above.suptitle("What calibration found", fontsize=12)
+    below.suptitle(subtitle, fontsize=12)
+
+    def layout(axes: Any, name: str, columns: str) -> None:
+        axes.set_title(name, fontsize=10)
+        axes.set_xlabel(columns)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
+
+    kinds = [kind for kind in KINDS if kind in scores]
+    errors = scores.get("layer_errors")
+    panels = above.subplots(1, len(kinds) + (errors is not None), sharey=True, squeeze=False)[0]
+    for axes, kind in zip(panels, kinds, strict=False):
+        image = axes.imshow(scores[kind].numpy(), aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
+        above.colorbar(image, ax=axes, label="score", fraction=0.08)
+        layout(axes, KINDS[kind], "query head")
+    if errors is not None:
+        panels[-1].barh(range(len(errors)), errors.tolist(), color="tab:orange")
+        layout(panels[-1], "layer errors: harm done by\ncompressing the layer alone", "share of all layers' error")
+        panels[-1].xaxis.set_major_locator(MaxNLocator(nbins=4))
+    panels[0].set_ylabel("layer")
+
+    least, most = (int(extreme) for extreme in torch.stack([*kept.values()]).aminmax())
+    panels = below.subplots(1, len(kept), sharey=True, squeeze=False)[0]
+    for axes, (name, kept_LH) in zip(panels, kept.items(), strict=True):
+        shown = LogNorm(min(least, most - 1), most)
+        image = axes.imshow(kept_LH.numpy(), aspect="auto", cmap="magma", norm=shown, interpolation="nearest")
+        layout(axes, f"{name}\n{int(kept_LH.min())} to {int(kept_LH.max())} tokens", "KV head")
+    panels[0].set_ylabel("layer")
+    bar = below.colorbar(image, ax=list(panels), label="tokens kept (log scale)", fraction=0.03)
+    bar.ax.yaxis.set_major_formatter(ScalarFormatter())
+    bar.ax.yaxis.set_minor_formatter(ScalarFormatter())
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the recipe.
+
+    Args:
+        argv: its options; None takes those of the process.
+
+    Returns:
+        The exit status; see `zoo.cli.run`.
+    """
+    return cli.run("recipes.plot_heads", lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> None:
+    parser = cli.Parser(prog="python -m recipes.plot_heads", description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--model", default=DEFAULT_MODEL, metavar="M", help="as for zoo.chat (default: %(default)s)")
+    add("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
+    add("--importance", type=Path, metavar="FILE", help="head-importance file (default: the one that ships)")
+    add("--cache", default="snapkv:preset=tuned", metavar="C", help="whose scores decide (default: %(default)s)")
+    add("--allocators", nargs="+", default=allocator_names(), choices=allocator_names(), help="default: all")
+    add("--budget", type=cli.whole_number(1), default=128, metavar="N", help="tokens per KV head (default: %(default)s)")
+    add("--prompt-file", metavar="P", help="a UTF-8 file to compress (default: a needle in prose)")
+    add("--tokens", type=cli.whole_number(1), default=2000, help="of the needle prompt (default: %(default)s)")
+    add("--output", type=Path, required=True, help="picture to write: .png, .svg or .pdf")
+    args = parser.parse_args(argv)
+    if not args.output.parent.is_dir():
+        raise ValueError(f"--output {args.output} cannot be written: there is no folder {args.output.parent}")
+
+    loaded = load(args.model, dtype=args.dtype)
+    scores = head_importance(loaded, args.importance)
+    if args.prompt_file:
+        text = cli.decoded(Path(args.prompt_file).read_bytes(), args.prompt_file)
+        ids = loaded.chat.encode([{"role": "user", "content": text}])
+        what = Path(args.prompt_file).name
+    else:
+        needle = {"split": "tune", "task": "prose", "kind": "code", "depth": 0.5, "seed": "plot"}
+        ids = make_prompt(loaded.tokenizer, loaded.chat, tokens=args.tokens, **needle).ids
+        what = "a needle in prose"
+    if len(ids) > loaded.config.max_position:
+        raise ValueError(f"the prompt has {len(ids)} tokens, {loaded.name} takes {loaded.config.max_position}: shorten it")
+    with cli.waiting("Compressing"):
+        how = {"cache": args.cache, "allocators": args.allocators, "budget": args.budget}
+        kept = budgets(loaded, ids, scores=scores, **how)
+        subtitle = f"Tokens kept of {len(ids):,} ({what}), {args.budget} per KV head on average, scores of {args.cache}"
+        figure = draw(scores, kept, title=f"Heads of {loaded.name}", subtitle=subtitle)
+        figure.savefig(args.output, dpi=80)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
