@@ -20,11 +20,15 @@ Source:
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import random
 import sys
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -32,12 +36,19 @@ from rich.progress import track
 from torch import Tensor
 
 from checkpoints import CheckpointError, HeadImportance, config_hash, write_importance
+from checkpoints.storage import atomic_file
+from layers.block import Block
 from layers.cache.base import NoCache
+from layers.compress.scorers import Observation
+from layers.methods import build_method
+from layers.methods.base import Method
 from recipes.needles import SPLITS, TASKS, NeedlePrompt, make_prompt
+from recipes.replay import Record
 from zoo import Loaded, load
 
 ACCEPTED_SHARE = 0.75
 MIN_ACCEPTED = 8
+ERROR_BUDGET = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +68,16 @@ class Trial:
     r_LN: Tensor
     r2_LN: Tensor
     semantic_LN: Tensor
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain numbers."""
+        return {key: value.tolist() if isinstance(value, Tensor) else value for key, value in vars(self).items()}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Trial:
+        """The reverse of `to_json`."""
+        values: dict[str, Any] = {k: torch.tensor(v) if isinstance(v, list) else v for k, v in data.items()}
+        return cls(**values)
 
 
 class AnswerAttention:
@@ -163,6 +184,111 @@ def run_trial(loaded: Loaded, prompt: NeedlePrompt) -> Trial:
     return Trial(kind=prompt.kind, accepted=accepted, r_LN=r_LN, r2_LN=r2_LN, semantic_LN=semantic_LN)
 
 
+@torch.inference_mode()
+def compression_errors(loaded: Loaded, prompt: NeedlePrompt, method: Method) -> Tensor:
+    """How far compressing each layer alone moves its attention output, over the steps that write the answer.
+
+    With O_t a layer's attention output (after its projection) at step t, and O'_t the same where of the prompt only
+    `ERROR_BUDGET` tokens are left, e = sum over t of |O_t - O'_t| / (|O_t| + 1e-5).
+
+    Args:
+        loaded: the model.
+        prompt: and its answer.
+        method: chooses the tokens, the same for all KV heads of a layer.
+
+    Returns:
+        (L,).
+    """
+    record = Record(loaded, prompt.ids + prompt.lead + prompt.value[:-1])
+    n, device = len(prompt.ids), record.logits_1V.device
+    position_1S = torch.arange(n, dtype=torch.int32, device=device)[None]
+    pos_1HS = position_1S[:, None].expand(-1, loaded.config.num_kv_heads, -1)
+    errors = []
+    blocks = cast("list[Block]", list(loaded.model.blocks))
+    for index, (layer, block) in enumerate(zip(record.layers, blocks, strict=True)):
+        seen = Observation(
+            q_BTND=layer.q_BTND[:, :n],
+            position_BT=position_1S,
+            k_BHSD=layer.k_BHSD[:, :, :n],
+            v_BHSD=layer.v_BHSD[:, :, :n],
+            pos_BHS=pos_1HS,
+            protected_BHS=method.protects(pos_1HS, torch.tensor([n], device=device)),
+            sliding=layer.sliding,
+            layer=index,
+        )
+        best_S = method.scores(seen)[0, 0].argsort(descending=True, stable=True)
+        logit_NAT, seen_AT = logits(layer.q_BTND[:, n:], layer.k_BHSD, layer.sliding)
+        left_AT = seen_AT.index_fill(1, best_S[ERROR_BUDGET:], False)
+        v_NTD = layer.v_BHSD[0].repeat_interleave(len(logit_NAT) // layer.v_BHSD.shape[1], dim=0)
+        full_AE, less_AE = (
+            block.attention.out(
+                (logit_NAT.masked_fill(~mask_AT, float("-inf")).softmax(-1).to(v_NTD.dtype) @ v_NTD)
+                .transpose(0, 1)
+                .flatten(1)
+            ).float()
+            for mask_AT in (seen_AT, left_AT)
+        )
+        errors.append(((full_AE - less_AE).norm(dim=-1) / (full_AE.norm(dim=-1) + 1e-5)).sum())
+    return torch.stack(errors).cpu()
+
+
+def mean_share(errors: Mapping[str, list[Tensor]]) -> Tensor:
+    """Each layer's share of the error: for every kind of fact by itself, then their mean.
+
+    Args:
+        errors: (L,) of every trial, by kind.
+
+    Returns:
+        (L,), 1 in total.
+
+    Example:
+        >>> a, b, c = (torch.tensor(error) for error in ([1.0, 3.0], [8.0, 0.0], [0.0, 8.0]))
+        >>> mean_share({"city": [a], "word": [b, c]})
+        tensor([0.3750, 0.6250])
+    """
+    sums = torch.stack([torch.stack(of_kind).sum(0) for of_kind in errors.values()])
+    return torch.nn.functional.normalize(sums, p=1, dim=1).mean(0)
+
+
+class Progress:
+    """What is done of a run, on disk from the moment it is done.
+
+    Args:
+        path: json file; if it exists, the run goes on from there.
+        settings: what the results depend on.
+
+    Raises:
+        ValueError: the file is of a run with other settings, or is damaged.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "partial.json"
+        >>> Progress(path, {"seed": 0}).once("one", lambda: 1), Progress(path, {"seed": 0}).once("one", lambda: 2)
+        (1, 1)
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self.path, self._data = path, {"settings": dict(settings), "results": {}}
+        if not path.exists():
+            return
+        try:
+            found = json.loads(path.read_text())
+            same, self._data["results"] = found["settings"] == settings, dict(found["results"])
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path}, what an interrupted run left, is damaged: remove it") from None
+        if not same:
+            raise ValueError(f"{path} was left by a run with other settings ({found['settings']}): finish or remove it")
+
+    def once(self, name: str, compute: Callable[..., Any], *arguments: object) -> Any:
+        """The result of that name, computed and written if there is none yet."""
+        results = self._data["results"]
+        if name not in results:
+            results[name] = compute(*arguments)
+            with atomic_file(self.path) as partial:
+                partial.write_text(json.dumps(self._data))
+        return results[name]
+
+
 def calibration_prompts(loaded: Loaded, *, trials: int, lengths: list[int], seed: int) -> list[NeedlePrompt]:
     """Every kind of fact in turn, in noise and in prose in turn, at random depths and lengths."""
     rng = random.Random(f"calibrate/{seed}")
@@ -188,8 +314,10 @@ def agreement(scores: list[Tensor]) -> float:
     return float(torch.corrcoef(halves)[0, 1].nan_to_num())
 
 
-def calibrate(loaded: Loaded, *, trials: int, lengths: list[int], seed: int, command: str) -> list[HeadImportance]:
-    """Find the scores of all query heads.
+def calibrate(
+    loaded: Loaded, *, trials: int, lengths: list[int], seed: int, command: str, partial: Path
+) -> list[HeadImportance]:
+    """Find the scores of all query heads and the errors of all layers.
 
     Args:
         loaded: the model.
@@ -197,46 +325,78 @@ def calibrate(loaded: Loaded, *, trials: int, lengths: list[int], seed: int, com
         lengths: prompt lengths in tokens to draw from.
         seed: of the prompts.
         command: noted in the file.
+        partial: file for what is done; whoever has stored the results removes it.
 
     Returns:
-        R, from plain facts, and R2, from plain facts and comparisons.
+        R, from plain facts; semantic scores, R2 and layer errors, from plain facts and comparisons.
 
     Raises:
-        ValueError: fewer than 8 trials were answered, **or** a prompt length beyond the model's context.
+        ValueError: fewer than 8 trials were answered, **or** a prompt length beyond the model's context, **or** the
+            partial file is of another run.
     """
     if max(lengths) + 64 > loaded.config.max_position:
         raise ValueError(
             f"prompts of {max(lengths)} tokens and an answer do not fit {loaded.config.max_position}: shorten"
         )
     prompts = calibration_prompts(loaded, trials=trials, lengths=lengths, seed=seed)
-    tried = [run_trial(loaded, p) for p in track(prompts, "Calibrating", console=Console(stderr=True))]
-    accepted = [trial for trial in tried if trial.accepted]
-    plain = [trial.r_LN for trial in accepted if trial.kind != "comparison"]
-    everything = [trial.r2_LN for trial in accepted]
+    identity = {
+        "model_id": loaded.name,
+        "config_hash": config_hash(loaded.config),
+        "tokenizer_hash": loaded.tokenizer.fingerprint(),
+    }
+    dtype = str(loaded.model.embed.weight.dtype)
+    progress = Progress(partial, {**identity, "dtype": dtype, "lengths": lengths, "seed": seed})
+    console = Console(stderr=True)
+
+    def trial_of(index: int) -> dict[str, Any]:
+        return run_trial(loaded, prompts[index]).to_json()
+
+    def errors_of(index: int) -> list[float]:
+        errors: list[float] = compression_errors(loaded, prompts[index], method).tolist()
+        return errors
+
+    indices = track(range(trials), "Reading attention", console=console)
+    tried = [Trial.from_json(progress.once(f"trial {index}", trial_of, index)) for index in indices]
+    plain = [trial.r_LN for trial in tried if trial.accepted and trial.kind != "comparison"]
     if len(plain) < MIN_ACCEPTED:
         raise ValueError(
             f"{loaded.name} answered only {len(plain)} plain questions in {trials} needle prompts, {MIN_ACCEPTED} are "
             "needed: raise --trials, shorten --lengths, or use a model that can retrieve"
         )
+    accepted = [(index, trial) for index, trial in enumerate(tried) if trial.accepted]
+    scores = {
+        "r": plain,
+        "r2": [trial.r2_LN for _, trial in accepted],
+        "semantic": [trial.semantic_LN for _, trial in accepted],
+    }
+    means = {kind: torch.stack(of_kind).mean(0) for kind, of_kind in scores.items()}
+
+    method = build_method("compresskv:allocator=uniform", means)
+    chosen = hashlib.sha256(repr(method.scorer).encode()).hexdigest()[:12]
+    errors: dict[str, list[Tensor]] = {}
+    for index, trial in track(accepted, "Compressing single layers", console=console):
+        done = progress.once(f"errors {index} {chosen}", errors_of, index)
+        errors.setdefault(trial.kind, []).append(torch.tensor(done))
+    means["layer_errors"] = mean_share(errors)[:, None]
+    scores["layer_errors"] = [error_L for of_kind in errors.values() for error_L in of_kind]
+
     provenance = {
         "command": command,
         "seed": seed,
         "lengths": lengths,
         "tried": dict(Counter(trial.kind for trial in tried)),
-        "accepted": dict(Counter(trial.kind for trial in accepted)),
-        "split_half_correlation": {"r": round(agreement(plain), 4), "r2": round(agreement(everything), 4)},
+        "accepted": dict(Counter(trial.kind for _, trial in accepted)),
+        "split_half_correlation": {kind: round(agreement(of_kind), 4) for kind, of_kind in scores.items()},
     }
     return [
         HeadImportance(
-            model_id=loaded.name,
-            config_hash=config_hash(loaded.config),
-            tokenizer_hash=loaded.tokenizer.fingerprint(),
-            method=method,
-            trials=len(scores),
-            scores_LN=tuple(tuple(round(x, 7) for x in row) for row in torch.stack(scores).mean(0).tolist()),
+            **identity,
+            method=kind,
+            trials=len(scores[kind]),
+            scores_LN=tuple(tuple(round(x, 7) for x in row) for row in mean.tolist()),
             provenance=provenance,
         )
-        for method, scores in (("r", plain), ("r2", everything))
+        for kind, mean in means.items()
     ]
 
 
@@ -259,8 +419,12 @@ def main(argv: list[str] | None = None) -> int:
         if args.threads:
             torch.set_num_threads(args.threads)
         loaded = load(args.model, dtype=args.dtype, device=args.device)
-        scores = calibrate(loaded, trials=args.trials, lengths=args.lengths, seed=args.seed, command=command)
+        partial = args.output.with_name(f"{args.output.name}.partial")
+        scores = calibrate(
+            loaded, trials=args.trials, lengths=args.lengths, seed=args.seed, command=command, partial=partial
+        )
         write_importance(args.output, scores)
+        partial.unlink()
     except (CheckpointError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

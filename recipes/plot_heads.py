@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -20,12 +20,12 @@ from torch import Tensor
 from checkpoints.resolve import DEFAULT_MODEL
 from layers.methods import allocator_names, build_method
 from recipes.needles import make_prompt
-from recipes.replay import Record, compress
+from recipes.replay import Record, Replay
 from zoo import Loaded, cli, load
 from zoo.load import DTYPES, head_importance
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
 KINDS = {
     "r": "R: copies the answer",
@@ -58,17 +58,18 @@ def budgets(
     methods = [build_method(f"{cache}{joint}allocator={name}", scores) for name in allocators]
     if budget < methods[0].protected:
         raise ValueError(f"{cache} always keeps {methods[0].protected} tokens: raise the budget of {budget}")
-    record = Record(loaded, ids, methods[0].scorer.window)
-    kept_BLH = compress(record, [(method, budget) for method in methods], room=1).kept.cpu()
-    return dict(zip(allocators, kept_BLH, strict=True))
+    record = Record(loaded, ids)
+    kept = [Replay(record, method, [budget], room=1).cache.kept[0].cpu() for method in methods]
+    return dict(zip(allocators, kept, strict=True))
 
 
-def draw(scores: Mapping[str, Tensor], kept: Mapping[str, Tensor], *, title: str, subtitle: str) -> Figure:
+def draw(scores: Mapping[str, Tensor], kept: Mapping[str, Tensor], *, budget: int, title: str, subtitle: str) -> Figure:
     """Draw both rows.
 
     Args:
         scores: head importance by kind, (L, N) each, and if there are any "layer_errors", (L,).
         kept: (L, H) tokens of each KV head by allocator.
+        budget: mean of the tokens.
         title: of the picture.
         subtitle: of the lower row.
 
@@ -84,7 +85,7 @@ def draw(scores: Mapping[str, Tensor], kept: Mapping[str, Tensor], *, title: str
 
     figure = Figure(figsize=(13, 13), layout="constrained")
     figure.suptitle(title, fontsize=15)
-    above, below = figure.subfigures(2, 1, hspace=0.04)
+    above, below = cast("tuple[SubFigure, SubFigure]", figure.subfigures(2, 1, hspace=0.04))
     above.suptitle("What calibration found", fontsize=12)
     below.suptitle(subtitle, fontsize=12)
 
@@ -107,16 +108,17 @@ def draw(scores: Mapping[str, Tensor], kept: Mapping[str, Tensor], *, title: str
         panels[-1].xaxis.set_major_locator(MaxNLocator(nbins=4))
     panels[0].set_ylabel("layer")
 
-    least, most = (int(extreme) for extreme in torch.stack([*kept.values()]).aminmax())
+    ratio = max(float((kept_LH.double() / budget).log2().abs().max()) for kept_LH in kept.values())
+    scale = LogNorm(budget * 2 ** -max(ratio, 1), budget * 2 ** max(ratio, 1))
     panels = below.subplots(1, len(kept), sharey=True, squeeze=False)[0]
     for axes, (name, kept_LH) in zip(panels, kept.items(), strict=True):
-        shown = LogNorm(min(least, most - 1), most)
-        image = axes.imshow(kept_LH.numpy(), aspect="auto", cmap="magma", norm=shown, interpolation="nearest")
+        image = axes.imshow(kept_LH.numpy(), aspect="auto", cmap="RdBu_r", norm=scale, interpolation="nearest")
         layout(axes, f"{name}\n{int(kept_LH.min())} to {int(kept_LH.max())} tokens", "KV head")
     panels[0].set_ylabel("layer")
-    bar = below.colorbar(image, ax=list(panels), label="tokens kept (log scale)", fraction=0.03)
+    bar = below.colorbar(image, ax=list(panels), label="tokens kept, white: the mean (log scale)", fraction=0.03)
+    bar.set_ticks([budget * 2**step for step in range(-int(max(ratio, 1)), int(max(ratio, 1)) + 1)])
+    bar.ax.minorticks_off()
     bar.ax.yaxis.set_major_formatter(ScalarFormatter())
-    bar.ax.yaxis.set_minor_formatter(ScalarFormatter())
     return figure
 
 
@@ -140,7 +142,9 @@ def _main(argv: Sequence[str] | None) -> None:
     add("--importance", type=Path, metavar="FILE", help="head-importance file (default: the one that ships)")
     add("--cache", default="snapkv:preset=tuned", metavar="C", help="whose scores decide (default: %(default)s)")
     add("--allocators", nargs="+", default=allocator_names(), choices=allocator_names(), help="default: all")
-    add("--budget", type=cli.whole_number(1), default=128, metavar="N", help="tokens per KV head (default: %(default)s)")
+    add(
+        "--budget", type=cli.whole_number(1), default=128, metavar="N", help="tokens per KV head (default: %(default)s)"
+    )
     add("--prompt-file", metavar="P", help="a UTF-8 file to compress (default: a needle in prose)")
     add("--tokens", type=cli.whole_number(1), default=2000, help="of the needle prompt (default: %(default)s)")
     add("--output", type=Path, required=True, help="picture to write: .png, .svg or .pdf")
@@ -155,16 +159,17 @@ def _main(argv: Sequence[str] | None) -> None:
         ids = loaded.chat.encode([{"role": "user", "content": text}])
         what = Path(args.prompt_file).name
     else:
-        needle = {"split": "tune", "task": "prose", "kind": "code", "depth": 0.5, "seed": "plot"}
-        ids = make_prompt(loaded.tokenizer, loaded.chat, tokens=args.tokens, **needle).ids
+        where = {"split": "tune", "task": "prose", "kind": "code", "seed": "plot"}
+        ids = make_prompt(loaded.tokenizer, loaded.chat, tokens=args.tokens, depth=0.5, **where).ids
         what = "a needle in prose"
     if len(ids) > loaded.config.max_position:
-        raise ValueError(f"the prompt has {len(ids)} tokens, {loaded.name} takes {loaded.config.max_position}: shorten it")
+        raise ValueError(
+            f"the prompt has {len(ids)} tokens, {loaded.name} takes {loaded.config.max_position}: shorten it"
+        )
     with cli.waiting("Compressing"):
-        how = {"cache": args.cache, "allocators": args.allocators, "budget": args.budget}
-        kept = budgets(loaded, ids, scores=scores, **how)
+        kept = budgets(loaded, ids, cache=args.cache, allocators=args.allocators, budget=args.budget, scores=scores)
         subtitle = f"Tokens kept of {len(ids):,} ({what}), {args.budget} per KV head on average, scores of {args.cache}"
-        figure = draw(scores, kept, title=f"Heads of {loaded.name}", subtitle=subtitle)
+        figure = draw(scores, kept, budget=args.budget, title=f"Heads of {loaded.name}", subtitle=subtitle)
         figure.savefig(args.output, dpi=80)
 
 

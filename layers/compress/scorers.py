@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -84,10 +84,11 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class WindowAttention:
-    """Attention from the observation window, spread over neighbours by max-pooling.
+    """Attention from the observation window, spread over neighbours by pooling.
 
-    A token's score is the largest found from `ahead` tokens before it to `behind` tokens after it: a hot token protects
-    `ahead` tokens that follow it. A centred kernel of 7 is ahead = behind = 3.
+    A token's score is the largest, or the mean, of what is found from `ahead` tokens before it to `behind` tokens after
+    it: a hot token protects `ahead` tokens that follow it. A centred kernel of 7 is ahead = behind = 3. A mean counts
+    protected tokens and those beyond the ends as zeros.
 
     Args:
         window: queries that observe, >= 1.
@@ -95,6 +96,7 @@ class WindowAttention:
         group: "mean" or "max" over the query heads that share a KV head.
         ahead: tokens after a hot one that share its score, >= 0.
         behind: tokens before a hot one that share its score, >= 0.
+        pooling: "max" or "mean" over neighbours.
 
     Source:
         Li et al., SnapKV, 2024, section 4.
@@ -112,22 +114,28 @@ class WindowAttention:
     group: Literal["mean", "max"] = "mean"
     ahead: int = 3
     behind: int = 3
+    pooling: Literal["max", "mean"] = "max"
 
     def __call__(self, seen: Observation) -> Tensor:
         """Score by attention."""
         q_BWND, position_BW = seen.last(self.window)
-        return window_scores(
+        pools_max = self.pooling == "max"
+        score_BHS = window_scores(
             q_BWND,
             seen.k_BHSD,
             seen.pos_BHS,
             position_BW,
             rows=self.rows,
             group=self.group,
-            ahead=self.ahead,
-            behind=self.behind,
+            ahead=self.ahead if pools_max else 0,
+            behind=self.behind if pools_max else 0,
             protected_BHS=seen.protected_BHS,
             window=seen.sliding,
         )
+        if pools_max:
+            return score_BHS
+        padded = torch.nn.functional.pad(score_BHS, (self.ahead, self.behind))
+        return torch.nn.functional.avg_pool1d(padded, self.ahead + 1 + self.behind, stride=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,3 +258,63 @@ class KeyDifference:
         # The cosine does not care whether the anchor is a mean or a sum.
         anchor_BHD = torch.nn.functional.normalize(unit_BHSD.sum(2), dim=-1)
         return -(unit_BHSD @ anchor_BHD[..., None]).squeeze(-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChosenHeads:
+    """What a few query heads of each layer attend to, one score for all of its KV heads.
+
+    Every chosen head scores tokens by itself, then its scores are reduced over the chosen heads. A token that a chosen
+    head does not hold any more gets 0 from it.
+
+    Args:
+        heads: of each layer, its chosen query heads.
+        attention: how one of them scores.
+        group: "mean" or "max" over the chosen heads.
+
+    Source:
+        CompressKV, 2025, section on token selection by semantic retrieval heads.
+
+    Example:
+        >>> k = torch.tensor([[9.0, 0, 0], [0, 9, 0]]).view(1, 2, 3, 1)
+        >>> pos = torch.arange(3, dtype=torch.int32).expand(1, 2, 3)
+        >>> new = {"q_BTND": torch.ones(1, 1, 2, 1), "position_BT": pos[:, 0, 2:], "protected_BHS": pos >= 2}
+        >>> seen = Observation(k_BHSD=k, v_BHSD=k, pos_BHS=pos, sliding=None, layer=0, **new)
+        >>> (ChosenHeads(heads=((1,),), attention=WindowAttention(window=1, ahead=0, behind=0))(seen) > 0.9).tolist()
+        [[[False, True, False], [False, True, False]]]
+    """
+
+    heads: tuple[tuple[int, ...], ...]
+    attention: WindowAttention
+    group: Literal["mean", "max"] = "mean"
+
+    def __call__(self, seen: Observation) -> Tensor:
+        """Score by the chosen heads' attention."""
+        heads, group = self.heads[seen.layer], seen.q_BTND.shape[2] // seen.k_BHSD.shape[1]
+
+        def of_chosen(x_BH: Tensor) -> Tensor:
+            return torch.stack([x_BH[:, head // group] for head in heads], dim=1)
+
+        alone = replace(
+            seen,
+            q_BTND=torch.stack([seen.q_BTND[:, :, head] for head in heads], dim=2),
+            k_BHSD=of_chosen(seen.k_BHSD),
+            v_BHSD=of_chosen(seen.v_BHSD),
+            pos_BHS=of_chosen(seen.pos_BHS),
+            protected_BHS=of_chosen(seen.protected_BHS),
+        )
+        vote_BKS = self.attention(alone)
+        if seen.pos_BHS.stride(1) == 0:  # all KV heads hold the same tokens
+            return self._together(vote_BKS)[:, None].expand_as(seen.pos_BHS)
+        return self._together(_at(seen.pos_BHS.flatten(1), vote_BKS, alone.pos_BHS)).view_as(seen.pos_BHS)
+
+    def _together(self, vote_BKX: Tensor) -> Tensor:
+        return vote_BKX.amax(1) if self.group == "max" else vote_BKX.mean(1)
+
+
+def _at(wanted_BX: Tensor, number_BKS: Tensor, pos_BKS: Tensor) -> Tensor:
+    """What each of K rows says at X positions, (B, K, X): its number at the same position, 0 if it has none there."""
+    ordered_BKS = pos_BKS.cummax(-1).values  # but for empty places behind the last token, positions are in order
+    wanted_BKX = wanted_BX[:, None].expand(-1, pos_BKS.shape[1], -1).contiguous()
+    at_BKX = torch.searchsorted(ordered_BKS, wanted_BKX).clamp(max=pos_BKS.shape[-1] - 1)
+    return number_BKS.gather(-1, at_BKX).masked_fill(ordered_BKS.gather(-1, at_BKX) != wanted_BKX, 0.0)

@@ -20,6 +20,7 @@ class Scoring:
         behind: tokens before a hot one that share its score.
         sinks: first tokens of the sequence that are always kept.
         recent: last tokens of the prompt that are always kept, >= 1.
+        pooling: "max" or "mean" over neighbours.
 
     Example:
         >>> published(window=8).recent
@@ -33,12 +34,14 @@ class Scoring:
     behind: int
     sinks: int
     recent: int
+    pooling: Literal["max", "mean"] = "max"
 
     def __post_init__(self) -> None:
         if self.window < 1 or self.ahead < 0 or self.behind < 0:
             raise ValueError(f"window must be at least 1, ahead and behind at least 0: {self}")
-        if self.rows not in ("mean", "max") or self.group not in ("mean", "max"):
-            raise ValueError(f'rows and group must be "mean" or "max", not {self.rows!r} and {self.group!r}')
+        for name in ("rows", "group", "pooling"):
+            if getattr(self, name) not in ("mean", "max"):
+                raise ValueError(f'{name} must be "mean" or "max", not {getattr(self, name)!r}')
 
     @property
     def protected(self) -> int:
@@ -49,7 +52,12 @@ class Scoring:
     def scorer(self) -> WindowAttention:
         """The scorer with these settings."""
         return WindowAttention(
-            window=self.window, rows=self.rows, group=self.group, ahead=self.ahead, behind=self.behind
+            window=self.window,
+            rows=self.rows,
+            group=self.group,
+            ahead=self.ahead,
+            behind=self.behind,
+            pooling=self.pooling,
         )
 
 

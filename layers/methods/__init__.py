@@ -33,7 +33,7 @@ def allocator_names() -> list[str]:
 
     Example:
         >>> allocator_names()
-        ['adakv', 'headkv', 'pyramidkv', 'uniform']
+        ['adakv', 'compresskv', 'headkv', 'pyramidkv', 'uniform']
     """
     return sorted(["uniform", *(name for name in method_names() if hasattr(_module(name), "allocate"))])
 
@@ -45,14 +45,15 @@ def build_method(spec: str, importance: Mapping[str, Tensor] | None = None) -> M
         spec: a name, or a name with options: "headkv:beta=1.1,scores=r". Options are the keyword arguments of the
             method's `build` and `allocate`. Its scores go with the budgets of any other: "snapkv:allocator=headkv".
             A method that changes others (its file has `wrap`) stands before the one that it changes, with a plus.
-        importance: (L, N) query-head scores by kind ("r", "r2"), for budgets that need them.
+        importance: what calibration found, by kind: (L, N) query-head scores ("r", "r2", "semantic") and (L,)
+            "layer_errors", for methods and budgets that need them.
 
     Returns:
         The method.
 
     Raises:
         ValueError: no such method or allocator, **or** no such option, **or** an option's value cannot be read, **or**
-            the budgets need importance scores that are not given.
+            scores or budgets need importance that is not given.
 
     Example:
         >>> build_method("snapkv:window=16").scorer.window
@@ -80,6 +81,8 @@ def build_method(spec: str, importance: Mapping[str, Tensor] | None = None) -> M
     options = _read_options(name, tail, allocator_types | types | scoring_types | presets)
 
     arguments: dict[str, object] = {key: value for key, value in options.items() if key in types}
+    if "importance" in parameters:
+        arguments["importance"] = importance or {}
     if scoring_types:
         preset = options.get("preset")
         if preset is not None and preset not in module.PRESETS:
@@ -96,7 +99,7 @@ def build_method(spec: str, importance: Mapping[str, Tensor] | None = None) -> M
 
 
 def needs_importance(spec: str) -> bool:
-    """Whether a method's budgets need head-importance scores; False for what is no method.
+    """Whether a method's scores or budgets need what calibration found; False for what is no method.
 
     Example:
         >>> needs_importance("headkv:beta=2"), needs_importance("snapkv"), needs_importance("snapkv:allocator=headkv")
@@ -110,7 +113,7 @@ def needs_importance(spec: str) -> bool:
         allocate = _allocate(name, tail) if name in method_names() else None
     except ValueError:
         return False
-    return allocate is not None and _takes_importance(allocate)
+    return allocate is not None and (_takes_importance(allocate) or _takes_importance(_module(name).build))
 
 
 def _module(name: str) -> ModuleType:
@@ -135,8 +138,8 @@ def _allocate(name: str, options: str) -> Allocate | None:
     return allocate
 
 
-def _takes_importance(allocate: Allocate) -> bool:
-    return "importance" in inspect.signature(allocate).parameters
+def _takes_importance(function: Callable[..., object]) -> bool:
+    return "importance" in inspect.signature(function).parameters
 
 
 def _option_types(function: Callable[..., object]) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -125,3 +125,27 @@ class Method:
             return keep.amax((-2, -1))
         most = keep.sum(-1).amax(-1)
         return most if self.evict else most.clamp(max=prompt)
+
+
+def calibrated(method: str, importance: Mapping[str, Tensor], kind: str) -> Tensor:
+    """Scores of one kind, for a method that cannot do without.
+
+    Args:
+        method: who needs them.
+        importance: all that there are, by kind.
+        kind: which ones.
+
+    Raises:
+        ValueError: there are none of that kind; says how to make them.
+
+    Example:
+        >>> import torch
+        >>> calibrated("headkv", {"r2": torch.ones(1, 2)}, "r2")
+        tensor([[1., 1.]])
+    """
+    if kind not in importance:
+        raise ValueError(
+            f"{method} needs head importance of kind {kind!r}; at hand: {', '.join(importance) or 'none'}; "
+            "`python -m recipes.calibrate_heads` makes it"
+        )
+    return importance[kind]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from layers.compress.allocators import HeadImportance
 from layers.compress.scoring import TUNED, Scoring, published
-from layers.methods.base import Allocate, Method
+from layers.methods.base import Allocate, Method, calibrated
 
 PRESETS = {"published": published(window=8), "tuned": TUNED}
 
@@ -36,9 +36,8 @@ def allocate(
         >>> allocate(protected=8, importance={"r2": torch.rand(2, 4)}).beta
         3.0
     """
-    if scores not in importance:
-        raise ValueError(f"headkv needs head importance of kind {scores!r}; at hand: {', '.join(importance) or 'none'}")
-    return HeadImportance(importance_LN=importance[scores], beta=beta, protected=protected, compat=compat)
+    importance_LN = calibrated("headkv", importance, scores)
+    return HeadImportance(importance_LN=importance_LN, beta=beta, protected=protected, compat=compat)
 
 
 def build(*, allocator: Allocate = allocate, scoring: Scoring = PRESETS["tuned"]) -> Method:

@@ -1,0 +1,90 @@
+"""CompressKV: heads that read for meaning choose a layer's tokens, and layers that compression harms keep more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from layers.compress.allocators import LayerErrors
+from layers.compress.scorers import ChosenHeads
+from layers.compress.scoring import TUNED, Scoring
+from layers.methods.base import Allocate, Method, calibrated
+
+PRESETS = {
+    "published": Scoring(window=8, rows="mean", group="mean", ahead=2, behind=2, sinks=0, recent=8, pooling="mean"),
+    "tuned": TUNED,
+}
+
+
+def allocate(*, protected: int, importance: Mapping[str, Tensor], floor: int = 32, ceiling: float = 3.0) -> LayerErrors:
+    """Budgets by the harm that compressing each layer does.
+
+    With budget C, T = C L and errors e that add up to 1, every KV head of layer l keeps
+    clip(m + round(e_l (T - m L)), m, M) tokens, protected ones included, with m = 32 and M = 3 C. What T then lacks is
+    given to the layers one token at a time, the largest error first; what is too much is taken from them, the smallest
+    first. So budgets of 32 or less are equal.
+
+    Args:
+        protected: tokens that every head keeps whatever their score.
+        importance: what calibration found: "layer_errors", (L,).
+        floor: m, at least `protected` in effect.
+        ceiling: M / C, >= 1.
+
+    Raises:
+        ValueError: no layer errors are given.
+
+    Example:
+        >>> import torch
+        >>> allocate(protected=8, importance={"layer_errors": torch.rand(2)}).floor
+        32
+    """
+    error_L = calibrated("compresskv", importance, "layer_errors")
+    return LayerErrors(error_L=error_L, floor=floor, ceiling=ceiling, protected=protected)
+
+
+def build(
+    *,
+    importance: Mapping[str, Tensor],
+    allocator: Allocate = allocate,
+    heads: int = 4,
+    scoring: Scoring = PRESETS["published"],
+) -> Method:
+    """Keep the C tokens that a layer's semantic retrieval heads attend to, the same in all of its KV heads.
+
+    Of each layer, the 4 query heads of the highest semantic scores vote. With A_h the attention of the last 8 tokens,
+    a_h = sum over these rows of A_h and s = mean over the 4 heads of avgpool_5(a_h). The other heads, many of which
+    attend to the first and the last tokens whatever these say, have no vote.
+
+    Args:
+        importance: what calibration found: "semantic", (L, N), of which only the ranks within a layer matter.
+        allocator: budgets.
+        heads: query heads of a layer that vote, >= 1; all of them if there are fewer.
+        scoring: window, pooling and protection; its `group` is over the heads that vote.
+
+    Raises:
+        ValueError: no semantic scores are given, **or** no head is to vote.
+
+    Source:
+        CompressKV: Semantic Retrieval Heads Know What Tokens are Not Important Before Generation, 2025.
+
+    Example:
+        >>> import torch
+        >>> from layers.compress.allocators import uniform
+        >>> build(importance={"semantic": torch.tensor([[0.0, 2.0, 1.0]])}, allocator=uniform, heads=2).scorer.heads
+        ((1, 2),)
+    """
+    if heads < 1:
+        raise ValueError(f"compresskv needs at least 1 head of each layer that votes, not {heads}")
+    best_LN = calibrated("compresskv", importance, "semantic").argsort(dim=1, descending=True, stable=True)
+    return Method(
+        name="compresskv",
+        paper="CompressKV, arXiv 2508.02401",
+        summary="what a layer's semantic retrieval heads attend to; more for layers that compression harms",
+        scorer=ChosenHeads(
+            heads=tuple(map(tuple, best_LN[:, :heads].tolist())), attention=scoring.scorer, group=scoring.group
+        ),
+        allocator=allocator(protected=scoring.protected),
+        sinks=scoring.sinks,
+        recent=scoring.recent,
+    )
