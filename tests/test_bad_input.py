@@ -135,6 +135,7 @@ def bad_options(place: Path, rng: random.Random) -> Iterator[Case]:
     bad_methods = ["snapkv:window", "snapkv:window=x", "snapkv:window=0", "snapkv:rows=median", "snapkv:preset=best"]
     bad_methods += ["snapkv:no=1", "full:sinks=4", "streaming:sinks=-1", "headkv:beta=0.5", "headkv:scores=r3"]
     bad_methods += ["snapkv:allocator=snapkv", "full:allocator=adakv", "adakv:alpha=2", "keydiff:preset=tuned"]
+    bad_methods += ["compresskv:heads=0", "snapkv:allocator=compresskv,ceiling=0"]
     wrong = {
         "--max-new-tokens": count,
         "--max-context": count,
@@ -477,7 +478,10 @@ def test_processes_refuse_what_they_have_to_read(place, work):
     cases = {
         "is truncated": (asked("short.gguf"), {}),
         "model_type 'mamba' is not supported": (asked("mamba"), {}),
-        "choose from adakv, full, headkv, keydiff, pyramidkv, snapkv, streaming": (asked(good, cache="fulll"), {}),
+        "choose from adakv, compresskv, full, headkv, keydiff, pyramidkv, snapkv, streaming": (
+            asked(good, cache="fulll"),
+            {},
+        ),
         "raise the budget to at least 32": (asked(good, "--budget", 31), {}),
         f"but the context is {CONTEXT}": (["--model", good, "--cache", "full", "--prompt", "x" * CONTEXT], {}),
         "is not valid json": (asked(good, "--importance", "scores.json", cache="headkv"), {}),

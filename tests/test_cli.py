@@ -192,6 +192,7 @@ def test_list_shows_every_choice(run):
         assert name in out
     rows = {tuple(re.split(r"\s{2,}", line.strip())) for line in out.splitlines()}
     assert ("headkv", "window attention", "head importance", "yes", "-") in rows
+    assert ("compresskv", "chosen heads", "layer errors", "yes", "-") in rows
     assert ("streaming", "position", "uniform", "-", "yes") in rows
     assert ("adakv", "window attention", "layer top k", "-", "-") in rows
     assert max(map(len, out.splitlines())) <= 100

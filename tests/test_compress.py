@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kernels.ragged_compact import ragged_compact
 from layers.budget import parse_budget
-from layers.compress.allocators import HeadImportance, LayerTopK, Pyramid, Uniform
+from layers.compress.allocators import HeadImportance, LayerErrors, LayerTopK, Pyramid, Uniform
 from layers.compress.scorers import KeyDifference, Observation, WindowAttention
 from layers.methods import allocator_names, build_method, method_names, needs_importance
 from layers.plan import ArenaShape, offsets
@@ -343,7 +343,39 @@ def test_plan_bytes_are_invertible():
     assert shape.slots_within(shape.nbytes - 1) == 76
 
 
-IMPORTANCE = {"r": torch.rand(2, 4), "r2": torch.rand(2, 4)}
+@settings(max_examples=200, deadline=None)
+@given(
+    errors=st.lists(st.floats(0, 1) | st.just(0.0), min_size=1, max_size=40),
+    floor=st.integers(0, 64),
+    ceiling=st.floats(1, 5),
+    protected=st.integers(1, 40),
+    free=st.integers(0, 200),
+    prompt=st.integers(1, 3000),
+)
+def test_layer_budgets_are_exact(errors, floor, ceiling, protected, free, prompt):
+    L, H, budget = len(errors), 2, protected + free
+    share = LayerErrors(error_L=torch.tensor(errors), floor=floor, ceiling=ceiling, protected=protected)
+    keep = share(budget=budget, prompt=prompt, num_layers=L, num_kv_heads=H)
+    assert keep.shape == (L, H) and torch.equal(keep[:, 0], keep[:, 1])
+    assert int(keep.sum()) == min(budget, prompt) * L * H
+    assert share.surplus(num_layers=L, num_kv_heads=H) == 0
+    if prompt <= budget:
+        assert (keep == prompt).all()
+        return
+    assert keep.min() >= min(max(floor, protected), budget) and keep.max() <= min(ceiling * budget, prompt)
+    order = sorted(range(L), key=lambda layer: errors[layer])
+    given = keep[order, 0]
+    assert (given.diff() >= -1).all()  # more error, no less budget; but for the last single token
+
+
+def test_layer_budgets_refuse_another_model():
+    with pytest.raises(ValueError, match="for 3 layers, the model has 4"):
+        LayerErrors(error_L=torch.ones(3), floor=1, ceiling=3.0, protected=1)(
+            budget=8, prompt=100, num_layers=4, num_kv_heads=1
+        )
+
+
+IMPORTANCE = {kind: torch.rand(2, 4) for kind in ("r", "r2", "semantic")} | {"layer_errors": torch.rand(2)}
 
 
 @pytest.mark.parametrize("name", method_names())
@@ -364,7 +396,7 @@ def test_any_scores_go_with_any_budgets(name, allocator):
     source = build_method("snapkv" if allocator == "uniform" else allocator, IMPORTANCE)
     assert type(method.allocator) is type(source.allocator)
     assert getattr(method.allocator, "protected", method.protected) == method.protected
-    assert needs_importance(spec) == (allocator == "headkv")
+    assert needs_importance(spec) == (allocator in ("headkv", "compresskv") or name == "compresskv")
     if allocator == name:
         assert repr(method) == repr(plain)
 
@@ -376,9 +408,24 @@ def test_options_of_scores_and_budgets_go_together():
 
 
 @pytest.mark.parametrize(
+    ("spec", "missing"),
+    [
+        ("compresskv", "semantic"),
+        ("compresskv:allocator=uniform", "semantic"),
+        ("snapkv:allocator=compresskv", "layer_errors"),
+        ("headkv:scores=semantic", "semantic"),
+    ],
+)
+def test_a_calibration_without_what_a_method_needs_says_what_makes_it(spec, missing):
+    older = {kind: IMPORTANCE[kind] for kind in ("r", "r2")}
+    with pytest.raises(ValueError, match=f"kind '{missing}'; at hand: r, r2; .*recipes.calibrate_heads"):
+        build_method(spec, older)
+
+
+@pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("snapkw", "choose from adakv, full, h2o, headkv, keydiff, pyramidkv, snapkv, streaming, tova"),
+        ("snapkw", "choose from adakv, "),
         ("snapkv:pool=3", "no option"),
         ("snapkv:window=x", "takes int"),
         ("snapkv:window=0", "window must be at least 1"),
@@ -390,7 +437,12 @@ def test_options_of_scores_and_budgets_go_together():
         ("full:x=1", "it takes none"),
         ("streaming:sinks=-1", "sinks"),
         ("base", "no cache method"),
-        ("snapkv:allocator=snapkv", "no allocator 'snapkv': choose from adakv, headkv, pyramidkv, uniform"),
+        ("snapkv:allocator=snapkv", "no allocator 'snapkv': choose from adakv, "),
+        ("compresskv:heads=0", "at least 1 head"),
+        ("compresskv:ceiling=0.5", "ceiling must be at least 1"),
+        ("compresskv:ceiling=nan", "ceiling must be at least 1"),
+        ("compresskv:floor=-1", "floor at least 0"),
+        ("snapkv:pooling=median", "pooling must be"),
         ("adakv:allocator", "no allocator ''"),
         ("tova:allocator=adakv", "tova has no option 'allocator=adakv': it takes none"),
         ("h2o:ratio=1.5", "share of the budget between 0 and 1"),

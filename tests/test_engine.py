@@ -54,7 +54,8 @@ def loaded():
 @pytest.fixture(autouse=True)
 def importance(monkeypatch):
     scores = torch.rand(3, 4, generator=torch.Generator().manual_seed(5)) ** 3
-    monkeypatch.setattr(engine_module, "head_importance", lambda loaded, path: {"r": scores, "r2": scores.flip(0)})
+    kinds = {"r": scores, "r2": scores.flip(0), "semantic": scores.flip(1), "layer_errors": scores[:, 0]}
+    monkeypatch.setattr(engine_module, "head_importance", lambda loaded, path: kinds)
 
 
 def tokens(*lengths, seed=0):
@@ -88,6 +89,7 @@ SPECS = [spec for name in method_names() for spec in variants(name)] + [
     "streaming:allocator=headkv",
     "h2o:ratio=0.2",
     "h2o:allocator=adakv",
+    "compresskv:allocator=adakv",
 ]
 SMALL = "window=4,recent=4"
 

@@ -12,7 +12,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from checkpoints import CheckpointError, HeadImportance, config_hash, read_importance, write_importance
+from checkpoints import (
+    CheckpointError,
+    HeadImportance,
+    config_hash,
+    read_all_importance,
+    read_importance,
+    write_importance,
+)
 from checkpoints.config import ModelConfig, RopeConfig
 
 CONFIG = ModelConfig(
@@ -26,6 +33,8 @@ R2 = HeadImportance(
     provenance={"command": "calibrate", "date": "2025-01-01", "prompts": ["a", "b"]},
 )  # fmt: skip
 R = replace(R2, method="r", trials=7, scores_LN=((0.5,) * 4,) * 3)
+SEMANTIC = replace(R2, method="semantic", trials=5)
+ERRORS = replace(R2, method="layer_errors", trials=4, scores_LN=((0.5,), (0.0,), (0.25,)))
 
 
 def refused(path: Path, **options: Any) -> str:
@@ -44,6 +53,36 @@ def test_round_trip(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["scores.json"]
     write_importance(path, [R])
     assert "no scores of method 'r2'; it has r" in refused(path)
+
+
+def test_all_kinds_or_those_of_an_older_file(tmp_path: Path) -> None:
+    path = tmp_path / "scores.json"
+    write_importance(path, [R2, ERRORS, SEMANTIC, R])
+    assert json.loads(path.read_text())["methods"]["layer_errors"] == {"trials": 4, "scores": [0.5, 0.0, 0.25]}
+    assert read_importance(path, config=CONFIG, method="layer_errors") == ERRORS
+    found = read_all_importance(path, config=CONFIG, tokenizer_hash="t" * 64)
+    assert found == {"r": R, "r2": R2, "semantic": SEMANTIC, "layer_errors": ERRORS}
+    write_importance(path, [R, R2])
+    assert read_all_importance(path, config=CONFIG) == {"r": R, "r2": R2}
+    assert "no scores of method 'semantic'; it has r, r2" in refused(path, method="semantic")
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ([0.1, 0.2], "its layer errors are not 3 numbers"),
+        ([[0.1], [0.2], [0.3]], "finite number >= 0, not [0.1]"),
+        ([0.1, -0.2, 0.3], "finite number >= 0, not -0.2"),
+        (0.5, "its layer errors are not 3 numbers"),
+        (None, "its layer errors are not 3 numbers"),
+    ],
+)
+def test_damaged_layer_errors(tmp_path: Path, scores: Any, message: str) -> None:
+    data = document()
+    data["methods"]["layer_errors"] = {"trials": 1, "scores": scores}
+    path = tmp_path / "scores.json"
+    path.write_text(json.dumps(data))
+    assert message in refused(path)
 
 
 def test_the_same_model_in_another_format_or_dtype(tmp_path: Path) -> None:
@@ -156,6 +195,7 @@ def test_published_form(tmp_path: Path) -> None:
     path.write_text(json.dumps(data))
     got = read_importance(path, config=CONFIG, tokenizer_hash="any", method="r")
     assert (got.trials, got.method, got.model_id) == (5, "r", path.stem)
+    assert [*read_all_importance(path, config=CONFIG)] == ["r", "r2", "semantic"]
     for layer in range(3):
         for head in range(4):
             values = data[f"{layer}-{head}"]

@@ -18,7 +18,7 @@ from layers.methods import build_method, method_names
 from layers.plan import ArenaShape
 
 L, H, D, STEPS, ROOM = 4, 2, 4, 50, 7
-TUNED = {"window": 32, "rows": max, "group": max, "ahead": 12, "behind": 0, "sinks": 4, "recent": 4}
+TUNED = {"window": 32, "rows": max, "group": max, "pool": max, "ahead": 12, "behind": 0, "sinks": 4, "recent": 4}
 
 
 def mean(numbers):
@@ -26,7 +26,8 @@ def mean(numbers):
 
 
 def published(window):
-    return {"window": window, "rows": mean, "group": mean, "ahead": 3, "behind": 3, "sinks": 0, "recent": window}
+    numbers = {"window": window, "ahead": 3, "behind": 3, "sinks": 0, "recent": window}
+    return {"rows": mean, "group": mean, "pool": max, **numbers}
 
 
 # -- the formulas ------------------------------------------------------------------------------------------------------
@@ -48,19 +49,41 @@ def answer(q, keys, values):
     return [sum(w * value[d] for w, value in zip(weights, values, strict=True)) for d in range(D)]
 
 
-def window_scores(turn, h, setting, protected):
-    """SnapKV, section 4: what the last queries attend to, averaged and max-pooled, as a number per candidate."""
+def observed(turn, head, setting):
+    """What a query head attends to from the last queries, as a number per candidate of its KV head."""
+    h = head // turn.G
     places = turn.candidates[h]
     rows = range(max(turn.first, turn.end - setting["window"]), turn.end)
-    of_heads = []
-    for head in range(h * turn.G, (h + 1) * turn.G):
-        seen = [[j for j in places if j <= i] for i in rows]
-        weights = [attention(turn.q[i][head], [turn.k[j][h] for j in js]) for i, js in zip(rows, seen, strict=True)]
-        weights = [w + [0.0] * (len(places) - len(w)) for w in weights]
-        of_heads.append([setting["rows"]([w[c] for w in weights]) for c in range(len(places))])
-    votes = [setting["group"]([of_head[c] for of_head in of_heads]) for c in range(len(places))]
+    seen = [[j for j in places if j <= i] for i in rows]
+    weights = [attention(turn.q[i][head], [turn.k[j][h] for j in js]) for i, js in zip(rows, seen, strict=True)]
+    weights = [w + [0.0] * (len(places) - len(w)) for w in weights]
+    return [setting["rows"]([w[c] for w in weights]) for c in range(len(places))]
+
+
+def pooled(votes, places, setting, protected):
+    """The largest or the mean of each number and its neighbours; protected ones and those beyond the ends are 0."""
     votes = [0.0 if j in protected else vote for j, vote in zip(places, votes, strict=True)]
-    return [max(votes[max(0, c - setting["ahead"]) : c + setting["behind"] + 1]) for c in range(len(places))]
+    padded = [0.0] * setting["ahead"] + votes + [0.0] * setting["behind"]
+    return [setting["pool"](padded[c : c + setting["ahead"] + setting["behind"] + 1]) for c in range(len(places))]
+
+
+def window_scores(turn, h, setting, protected):
+    """SnapKV, section 4: what the last queries attend to, averaged over the group, then pooled."""
+    places = turn.candidates[h]
+    of_heads = [observed(turn, head, setting) for head in range(h * turn.G, (h + 1) * turn.G)]
+    votes = [setting["group"]([of_head[c] for of_head in of_heads]) for c in range(len(places))]
+    return pooled(votes, places, setting, protected)
+
+
+def compresskv_scores(turn, setting, protected, semantic):
+    """CompressKV: the layer's best heads are pooled first, then averaged, and all KV heads share the result."""
+    best_heads = sorted(range(len(semantic)), key=lambda head: (-semantic[head], head))[: setting["voters"]]
+    by_place = []
+    for head in best_heads:
+        places = turn.candidates[head // turn.G]
+        votes = pooled(observed(turn, head, setting), places, setting, protected)
+        by_place.append(dict(zip(places, votes, strict=True)))
+    return [[setting["group"]([vote.get(j, 0.0) for vote in by_place]) for j in places] for places in turn.candidates]
 
 
 def keydiff_scores(turn, h):
@@ -87,8 +110,9 @@ def headkv(beta):
     def budgets(seen, budget, protected, importance):
         if seen <= budget:
             return uniform(seen, budget, protected, importance)
-        G = len(importance[0]) // H
-        score = [mean(importance[layer][h * G : (h + 1) * G]) for layer in range(L) for h in range(H)]
+        r2 = importance["r2"]
+        G = len(r2[0]) // H
+        score = [mean(r2[layer][h * G : (h + 1) * G]) for layer in range(L) for h in range(H)]
         score = [x / sum(score) for x in score]
         b = budget - protected
         share = [b * (1 - 1 / beta) + x * (b / beta) * L * H for x in score]
@@ -125,6 +149,26 @@ def pyramidkv_code(seen, budget, protected, importance):
         least = 2 * b - most
     step = (most - least) // (L - 1)
     return [[most - layer * step + protected] * H for layer in range(L)]
+
+
+def compresskv(floor=32, ceiling=3.0):
+    """CompressKV: floor + e (T - floor L), clipped, then single tokens in turns until the total is right."""
+
+    def budgets(seen, budget, protected, importance):
+        if seen <= budget:
+            return uniform(seen, budget, protected, importance)
+        errors = importance["layer_errors"]
+        least, most, total = min(max(floor, protected), budget), min(int(ceiling * budget), seen), budget * L
+        share = [round(e / sum(errors) * (total - least * L)) + least for e in errors]
+        share = [max(least, min(most, n)) for n in share]
+        while sum(share) != total:
+            step = 1 if sum(share) < total else -1
+            for layer in sorted(range(L), key=lambda layer: (-step * errors[layer], layer)):
+                if sum(share) != total and least <= share[layer] + step <= most:
+                    share[layer] += step
+        return [[n] * H for n in share]
+
+    return budgets
 
 
 def best(scores, places, protected, count):
@@ -187,6 +231,8 @@ def window(setting, budgets=uniform, choose=per_head):
     return {"scores": setting, "budgets": budgets, "choose": choose, "ring": False}
 
 
+SHARED = published(8) | {"pool": mean, "ahead": 2, "behind": 2, "voters": 4}
+
 ORACLES = {
     "full": {"scores": "position", "sinks": 0, "recent": 1, "budgets": uniform, "choose": per_head, "ring": False},
     "streaming": {"scores": "position", "sinks": 4, "recent": 1, "budgets": uniform, "choose": per_head, "ring": True},
@@ -202,6 +248,13 @@ ORACLES = {
     "pyramidkv": window(published(8), pyramidkv),
     "pyramidkv:preset=tuned": window(TUNED, pyramidkv),
     "pyramidkv:compat=true": window(published(8), pyramidkv_code),
+    "snapkv:preset=tuned,pooling=mean": window(TUNED | {"pool": mean}),
+    "compresskv": window(SHARED, compresskv()),
+    "compresskv:preset=tuned": window(TUNED | {"voters": 4}, compresskv()),
+    "compresskv:floor=10,ceiling=1.4,heads=2": window(SHARED | {"voters": 2}, compresskv(10, 1.4)),
+    "compresskv:allocator=headkv,beta=1.01": window(SHARED, headkv(1.01)),
+    "compresskv:preset=tuned,allocator=adakv": window(TUNED | {"voters": 4}, choose=flat()),
+    "snapkv:preset=tuned,allocator=compresskv,floor=5": window(TUNED, compresskv(5)),
     "keydiff": {"scores": "keydiff", "sinks": 0, "recent": 1, "budgets": uniform, "choose": per_head, "ring": False},
     "snapkv:preset=tuned,allocator=headkv,beta=1.01": window(TUNED, headkv(1.01)),
     "headkv:allocator=uniform": window(TUNED),
@@ -237,6 +290,8 @@ class Turn:
             scores = [[float(j) for j in places] for places in self.candidates]
         elif oracle["scores"] == "keydiff":
             scores = [keydiff_scores(self, h) for h in range(H)]
+        elif "voters" in setting:
+            scores = compresskv_scores(self, setting, protected, importance["semantic"][layer])
         else:
             scores = [window_scores(self, h, setting, protected) for h in range(H)]
         budgets = oracle["budgets"](self.end, budget, sinks + recent, importance)[layer]
@@ -376,14 +431,16 @@ def test_a_method_is_its_papers_formulas(spec, G, lengths):
     torch.manual_seed(len(spec) + G)
     B, more, total = len(lengths), [30, 12, 3][: len(lengths)], 300
     q, k, v = (torch.randn(L, B, total, heads, D) for heads in (G * H, H, H))
-    importance = torch.rand(L, G * H) ** 3
+    importance = {kind: torch.rand(L, G * H) ** 3 for kind in ("r2", "semantic")}
+    importance["layer_errors"] = torch.rand(L) ** 3
     budget, room = (1000, 2 * STEPS) if spec == "full" else (40, ROOM)
-    method = build_method(spec, {"r": importance, "r2": importance})
+    method = build_method(spec, importance)
     slots = (200 + room) * L * H if spec == "full" else (budget + room) * L * H + 10  # what published rounding adds
     shape = ArenaShape(batch=B, num_layers=L, num_kv_heads=H, head_dim=D, slots=slots, dtype=torch.float32)
     cache = ArenaCache(replace(shape, evict=method.evict), "cpu")
     loop = EvictingLoop if method.evict else Loop
-    loop = loop(ORACLES[spec], q, k, v, budget, room, importance.double().tolist())
+    as_lists = {kind: scores.double().tolist() for kind, scores in importance.items()}
+    loop = loop(ORACLES[spec], q, k, v, budget, room, as_lists)
 
     def compare(when):
         for layer in range(L):

@@ -88,7 +88,7 @@ def write_scores(checkpoint: Path, path: Path) -> Path:
                 tokenizer_hash=fingerprint,
                 method=method,
                 trials=1,
-                scores_LN=table,
+                scores_LN=tuple(row[:1] for row in table) if method == "layer_errors" else table,
             )
             for method in METHODS
         ],

@@ -80,7 +80,7 @@ def build(
     return Method(
         name="compresskv",
         paper="CompressKV, arXiv 2508.02401",
-        summary="what a layer's semantic retrieval heads attend to; more for layers that compression harms",
+        summary="what a layer's semantic heads attend to; more budget for layers that suffer",
         scorer=ChosenHeads(
             heads=tuple(map(tuple, best_LN[:, :heads].tolist())), attention=scoring.scorer, group=scoring.group
         ),
