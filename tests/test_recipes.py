@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,11 +16,14 @@ import torch
 import recipes.calibrate_heads as calibrate_heads
 import recipes.leaderboard as leaderboard
 import recipes.perplexity as perplexity
+import recipes.plot_heads as plot_heads
 from checkpoints import CheckpointError, config_hash, read_importance
+from layers.methods import build_method
 from recipes.needles import SPLITS, TASKS, NeedlePrompt, make_prompt, make_prompts
 from recipes.replay import Record, Replay, answer, generate
 from tests import tiny, tiny_chat
 from zoo import Engine, Loaded
+from zoo.load import head_importance
 
 LENGTH = 200
 
@@ -38,7 +42,10 @@ class Words:
 
 
 CHAT = SimpleNamespace(
-    render=lambda messages: f"<user>{messages[0]['content']}<bot>", stop_ids=frozenset(), template_hash="none"
+    render=lambda messages: f"<user>{messages[0]['content']}<bot>",
+    encode=lambda messages: Words().encode(messages[0]["content"]),
+    stop_ids=frozenset(),
+    template_hash="none",
 )
 
 
@@ -63,7 +70,10 @@ def importance(loaded: Loaded, tmp_path: Path) -> Path:
                 "model_id": loaded.name,
                 "config_hash": config_hash(loaded.config),
                 "tokenizer_hash": "words",
-                "methods": {kind: {"trials": 9, "scores": table} for kind in ("r", "r2")},
+                "methods": {
+                    **{kind: {"trials": 9, "scores": table} for kind in ("r", "r2", "semantic")},
+                    "layer_errors": {"trials": 9, "scores": [row[0] for row in table]},
+                },
             }
         )
     )
@@ -82,7 +92,9 @@ def test_prompts_hold_the_needle_where_they_say(split: str, task: str) -> None:
         assert LENGTH - 40 < len(made.ids) <= LENGTH
         assert [made.ids[place] for place in made.gold] == made.value
         assert made.ids[made.gold.start - 1] == made.lead[-1]
-        assert abs(made.gold.start / LENGTH - made.depth) < 0.5
+        assert made.statement.start <= made.gold.start - len(made.lead) and made.statement.stop > made.gold.stop
+        before, last = made.ids[made.statement.start - 1], made.ids[made.statement.stop - 1]
+        assert before in (ord("."), ord("\n")) and last == ord(".")  # whole sentences
 
 
 def test_prompts_depend_on_the_seed_alone() -> None:
@@ -125,6 +137,68 @@ def test_scores_equal_a_naive_loop_over_the_formulas() -> None:
     torch.testing.assert_close(found_r2, torch.tensor(r2))
 
 
+def test_semantic_scores_equal_a_naive_loop_over_the_formula() -> None:
+    torch.manual_seed(2)
+    heads, steps, tokens, statement = 3, 5, 14, range(4, 10)
+    ids, answer = torch.randint(0, 4, (tokens,)), torch.randint(0, 6, (steps,))  # some occur often, some not at all
+    weight = torch.rand(heads, steps, tokens).softmax(-1)
+    want = [0.0] * heads
+    for head in range(heads):
+        for step in range(steps):
+            for place in statement:
+                if ids[place] == answer[step]:
+                    want[head] += sum(float(weight[head, step, j]) for j in statement)
+    assert {sum(int(ids[place] == token) for place in statement) for token in answer} >= {0, 2}
+    torch.testing.assert_close(
+        calibrate_heads.semantic_scores(weight, ids, answer, statement), torch.tensor(want), atol=1e-6, rtol=1e-5
+    )
+
+
+def attention(q_D: torch.Tensor, k_SD: torch.Tensor) -> torch.Tensor:
+    return (k_SD @ q_D / len(q_D) ** 0.5).softmax(0)
+
+
+def in_sight(places: Iterable[int], row: int, sliding: int | None) -> list[int]:
+    return [j for j in places if j <= row and (sliding is None or j > row - sliding)]
+
+
+def test_compression_errors_equal_a_naive_loop(loaded: Loaded) -> None:
+    """Step by step and head by head, from the keys and values of a plain pass."""
+    made, count, heads_in_all = prompt("calibrate", kind="city"), 32, loaded.config.num_heads
+    torch.manual_seed(3)
+    semantic = torch.rand(loaded.config.num_layers, heads_in_all)
+    method = build_method("compresskv:allocator=uniform,heads=2", {"semantic": semantic})
+    got = calibrate_heads.compression_errors(loaded, made, method)
+    ids, n = made.ids + made.lead + made.value[:-1], len(made.ids)
+    record, group = Record(loaded, ids), heads_in_all // loaded.config.num_kv_heads
+    for index, (layer, block) in enumerate(zip(record.layers, loaded.model.blocks, strict=True)):
+        q, k, v = layer.q_BTND[0], layer.k_BHSD[0], layer.v_BHSD[0]
+        votes = [0.0] * n
+        for head in semantic[index].argsort(descending=True).tolist()[:2]:
+            weights = [0.0] * n
+            for row in range(n - 8, n):
+                places = in_sight(range(n), row, layer.sliding)
+                seen = attention(q[row, head], k[head // group, places])
+                for j, weight in zip(places, seen.tolist(), strict=True):
+                    weights[j] += weight * (j < n - 8)
+            for j in range(n):
+                votes[j] += sum(weights[max(0, j - 2) : j + 3])
+        best = sorted(range(n - 8), key=lambda j: (-votes[j], j))[: count - 8]
+        error = 0.0
+        for row in range(n, len(ids)):
+            out = []
+            for kept in (range(n), [*best, *range(n - 8, n)]):
+                places = in_sight([*kept, *range(n, len(ids))], row, layer.sliding)
+                heads = [
+                    attention(q[row, head], k[head // group, places]) @ v[head // group, places]
+                    for head in range(heads_in_all)
+                ]
+                out.append(block.attention.out(torch.cat(heads)[None])[0])
+            error += float((out[0] - out[1]).norm() / (out[0].norm() + 1e-5))
+        assert float(got[index]) == pytest.approx(error, rel=1e-3, abs=1e-5)
+    assert got.max() > 0.05
+
+
 def test_a_trial_looks_at_the_attention_that_the_model_computes(loaded: Loaded) -> None:
     """Rebuild every head's attention from the recorded queries and keys of a plain pass, row by row."""
     made = prompt("calibrate")
@@ -145,6 +219,10 @@ def test_a_trial_looks_at_the_attention_that_the_model_computes(loaded: Loaded) 
             )
             torch.testing.assert_close(trial.r2_LN[layer, head], r2[0])
             torch.testing.assert_close(trial.r_LN[layer, head], r[0])
+            semantic = calibrate_heads.semantic_scores(
+                torch.stack(rows)[None], torch.tensor(ids), torch.tensor(made.value), made.statement
+            )
+            torch.testing.assert_close(trial.semantic_LN[layer, head], semantic[0])
 
 
 SPECS = [
@@ -159,6 +237,7 @@ SPECS = [
     "h2o",
     "h2o:allocator=headkv",
     "tova",
+    "compresskv:preset=tuned",
 ]
 
 
@@ -192,8 +271,8 @@ def test_replay_equals_the_engine(loaded: Loaded, importance: Path, spec: str, q
 
 @pytest.fixture
 def command_line(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> Loaded:
-    for module in (calibrate_heads, leaderboard):
-        monkeypatch.setattr(module, "load", lambda name, *, dtype, device: replace(loaded, name=name))
+    for module in (calibrate_heads, leaderboard, plot_heads):
+        monkeypatch.setattr(module, "load", lambda name, *, dtype, device="cpu": replace(loaded, name=name))
     return loaded
 
 
@@ -212,11 +291,82 @@ def test_calibration_writes_a_file_that_the_engine_takes(
     assert "r2: 40 trials" in capsys.readouterr().out
     texts = [file.read_text().replace(file.name, "") for file in files]
     assert texts[0] == texts[1]
+    assert {*tmp_path.iterdir()} == {*files}
+    errors = read_importance(files[0], config=command_line.config, method="layer_errors").scores_LN
+    assert sum(error for (error,) in errors) == pytest.approx(1, abs=1e-5)
     scores = read_importance(files[0], config=command_line.config, tokenizer_hash="words", method="r2")
     assert scores.trials == 40 and scores.provenance["seed"] == 5 and "--trials 40" in scores.provenance["command"]
-    engine = Engine(command_line, cache="headkv:window=8", budget=16, importance=files[0])
-    engine.prefill([prompt().ids])
-    assert len(set(engine.stats().kept.flatten().tolist())) > 1
+    for cache in ("headkv:window=8", "compresskv:floor=8"):
+        engine = Engine(command_line, cache=cache, budget=16, importance=files[0])
+        engine.prefill([prompt().ids])
+        assert len(set(engine.stats().kept.flatten().tolist())) > 1
+
+
+def test_an_interrupted_calibration_goes_on(
+    command_line: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(calibrate_heads, "ACCEPTED_SHARE", 0.0)
+    file, whole = tmp_path / "one.json", tmp_path / "two.json"
+    assert calibrate_heads.main([*CALIBRATE, "--output", str(whole)]) == 0
+    count = {"run_trial": 0, "compression_errors": 0}
+
+    def until(name: str, last: int) -> None:
+        original = getattr(calibrate_heads, name)
+
+        def limited(*arguments: Any) -> Any:
+            if count[name] == last:
+                raise KeyboardInterrupt
+            count[name] += 1
+            return original(*arguments)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(calibrate_heads, name, limited)
+            calibrate_heads.main([*CALIBRATE, "--output", str(file)])
+
+    until("run_trial", 3)
+    until("run_trial", 30)
+    until("compression_errors", 2)
+    assert count == {"run_trial": 30, "compression_errors": 2} and not file.exists()
+    partial = tmp_path / "one.json.partial"
+    left = partial.read_text()
+    assert calibrate_heads.main([*CALIBRATE, "--seed", "6", "--output", str(file)]) == 2
+    assert "left by a run with other settings" in capsys.readouterr().err and partial.read_text() == left
+    partial.write_text(left[:-9])
+    assert calibrate_heads.main([*CALIBRATE, "--output", str(file)]) == 2
+    assert "damaged: remove it" in capsys.readouterr().err
+    partial.write_text(left)
+    assert calibrate_heads.main([*CALIBRATE, "--output", str(file)]) == 0
+    assert file.read_text() == whole.read_text().replace("two.json", "one.json") and not partial.exists()
+
+
+def test_plots_show_every_allocator(command_line: Loaded, importance: Path, tmp_path: Path, capsys: Any) -> None:
+    picture, text = tmp_path / "heads.png", tmp_path / "text.txt"
+    text.write_text("Some words. " * 60)
+    arguments = ["--importance", str(importance), "--budget", "24", "--output", str(picture)]
+    for more in (["--tokens", str(LENGTH)], ["--prompt-file", str(text), "--allocators", "adakv", "headkv"]):
+        assert plot_heads.main([*arguments, *more, "--cache", "snapkv:window=8,recent=8"]) == 0
+        assert picture.read_bytes()[:4] == b"\x89PNG"
+        picture.unlink()
+    capsys.readouterr()
+    for wrong, message in (
+        (["--budget", "7"], "always keeps 8 tokens"),
+        (["--tokens", "9999"], "shorten it"),
+        (["--cache", "full"], "no option"),
+        (["--output", str(tmp_path / "no" / "x.png")], "there is no folder"),
+    ):
+        command = [*arguments, "--tokens", str(LENGTH), "--cache", "snapkv:window=8,recent=8", *wrong]
+        assert plot_heads.main(command) == 2
+        assert message in capsys.readouterr().err and not picture.exists()
+
+
+def test_budgets_of_a_plot_are_those_of_the_engine(loaded: Loaded, importance: Path) -> None:
+    made, cache, names = prompt(), "snapkv:window=8,recent=8", ["adakv", "compresskv", "uniform"]
+    scores = head_importance(loaded, importance)
+    kept = plot_heads.budgets(loaded, made.ids, cache=cache, allocators=names, budget=48, scores=scores)
+    for name in names:
+        engine = Engine(loaded, cache=f"{cache},allocator={name}", budget=48, importance=importance)
+        engine.prefill([made.ids])
+        assert torch.equal(kept[name], engine.stats().kept[0])
 
 
 @pytest.mark.parametrize(
@@ -312,7 +462,8 @@ def test_the_shipped_scores_are_those_of_the_default_model() -> None:
     assert data["model_id"] == "smollm2-135m" and data["provenance"]["command"].startswith(
         "python -m recipes.calibrate_heads"
     )
-    for kind in ("r", "r2"):
+    assert len(data["methods"]["layer_errors"]["scores"]) == config.num_layers
+    for kind in ("r", "r2", "semantic"):
         table = data["methods"][kind]["scores"]
         assert len(table) == config.num_layers and {len(row) for row in table} == {config.num_heads}
         assert data["methods"][kind]["trials"] >= calibrate_heads.MIN_ACCEPTED

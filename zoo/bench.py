@@ -138,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=count, default=32, metavar="N", help="timed decode steps per point (default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="keep the JSON here too, as far as it is, after every point")
     add("--device", default="cpu", metavar="D", help="where to run, e.g. cpu or cuda (default: %(default)s)")
-    add("--importance", metavar="FILE", help="head importance for headkv (default: what ships for the model)")
+    add("--importance", metavar="FILE", help="head importance if it is needed (default: what ships for the model)")
     add("--time-compile", type=int, help=argparse.SUPPRESS)  # tells the new processes which point to take
     return made
 

@@ -170,7 +170,7 @@ def parser(program: str, description: str, examples: str) -> argparse.ArgumentPa
         "method decides unless given",
     )
     cache.add_argument(
-        "--importance", metavar="FILE", help="head importance for headkv (default: what ships for the model)"
+        "--importance", metavar="FILE", help="head importance if it is needed (default: what ships for the model)"
     )
     cache.add_argument(
         "--max-context",
