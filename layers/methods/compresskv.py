@@ -56,7 +56,7 @@ def build(
     a_h = sum over these rows of A_h and s = mean over the 4 heads of avgpool_5(a_h). The other heads, many of which
     attend to the first and the last tokens whatever these say, have no vote.
 
-    Of its needle result with 256 of 128,000 tokens, the paper says that they are 0.07 % and elsewhere 0.7 %; they are 0.2.
+    Of its needle result with 256 of 128,000 tokens, the paper says that they are 0.07 %, and 0.7 %; they are 0.2 %.
 
     Args:
         importance: what calibration found: "semantic", (L, N), of which only the ranks within a layer matter.
