@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,9 +23,6 @@ from recipes.needles import make_prompt
 from recipes.replay import Record, Replay
 from zoo import Loaded, cli, load
 from zoo.load import DTYPES, head_importance
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure, SubFigure
 
 KINDS = {
     "r": "R: copies the answer",
@@ -63,10 +60,19 @@ def budgets(
     return dict(zip(allocators, kept, strict=True))
 
 
-def draw(scores: Mapping[str, Tensor], kept: Mapping[str, Tensor], *, budget: int, title: str, subtitle: str) -> Figure:
+def draw(
+    output: Path,
+    scores: Mapping[str, Tensor],
+    kept: Mapping[str, Tensor],
+    *,
+    budget: int,
+    title: str,
+    subtitle: str,
+) -> None:
     """Draw both rows.
 
     Args:
+        output: picture to write.
         scores: head importance by kind, (L, N) each, and if there are any "layer_errors", (L,).
         kept: (L, H) tokens of each KV head by allocator.
         budget: mean of the tokens.
@@ -74,7 +80,7 @@ def draw(scores: Mapping[str, Tensor], kept: Mapping[str, Tensor], *, budget: in
         subtitle: of the lower row.
 
     Raises:
-        ValueError: matplotlib is not installed.
+        ValueError: matplotlib is not installed, **or** it knows no pictures with such a suffix.
     """
     try:
         from matplotlib.colors import LogNorm
@@ -85,7 +91,7 @@ def draw(scores: Mapping[str, Tensor], kept: Mapping[str, Tensor], *, budget: in
 
     figure = Figure(figsize=(13, 13), layout="constrained")
     figure.suptitle(title, fontsize=15)
-    above, below = cast("tuple[SubFigure, SubFigure]", figure.subfigures(2, 1, hspace=0.04))
+    above, below = cast("tuple[Any, Any]", figure.subfigures(2, 1, hspace=0.04))
     above.suptitle("What calibration found", fontsize=12)
     below.suptitle(subtitle, fontsize=12)
 
@@ -106,20 +112,21 @@ def draw(scores: Mapping[str, Tensor], kept: Mapping[str, Tensor], *, budget: in
         panels[-1].barh(range(len(errors)), errors.tolist(), color="tab:orange")
         layout(panels[-1], "layer errors: harm done by\ncompressing the layer alone", "share of all layers' error")
         panels[-1].xaxis.set_major_locator(MaxNLocator(nbins=4))
+        panels[-1].set_ylim(len(errors) - 0.5, -0.5)
     panels[0].set_ylabel("layer")
 
-    ratio = max(float((kept_LH.double() / budget).log2().abs().max()) for kept_LH in kept.values())
-    scale = LogNorm(budget * 2 ** -max(ratio, 1), budget * 2 ** max(ratio, 1))
+    octaves = max(1.0, *(float((kept_LH.double() / budget).log2().abs().max()) for kept_LH in kept.values()))
+    scale = LogNorm(budget / 2**octaves, budget * 2**octaves)
     panels = below.subplots(1, len(kept), sharey=True, squeeze=False)[0]
     for axes, (name, kept_LH) in zip(panels, kept.items(), strict=True):
         image = axes.imshow(kept_LH.numpy(), aspect="auto", cmap="RdBu_r", norm=scale, interpolation="nearest")
         layout(axes, f"{name}\n{int(kept_LH.min())} to {int(kept_LH.max())} tokens", "KV head")
     panels[0].set_ylabel("layer")
     bar = below.colorbar(image, ax=list(panels), label="tokens kept, white: the mean (log scale)", fraction=0.03)
-    bar.set_ticks([budget * 2**step for step in range(-int(max(ratio, 1)), int(max(ratio, 1)) + 1)])
+    bar.set_ticks([budget * 2**step for step in range(-int(octaves), int(octaves) + 1)])
     bar.ax.minorticks_off()
     bar.ax.yaxis.set_major_formatter(ScalarFormatter())
-    return figure
+    figure.savefig(output, dpi=80)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -169,8 +176,7 @@ def _main(argv: Sequence[str] | None) -> None:
     with cli.waiting("Compressing"):
         kept = budgets(loaded, ids, cache=args.cache, allocators=args.allocators, budget=args.budget, scores=scores)
         subtitle = f"Tokens kept of {len(ids):,} ({what}), {args.budget} per KV head on average, scores of {args.cache}"
-        figure = draw(scores, kept, budget=args.budget, title=f"Heads of {loaded.name}", subtitle=subtitle)
-        figure.savefig(args.output, dpi=80)
+        draw(args.output, scores, kept, budget=args.budget, title=f"Heads of {loaded.name}", subtitle=subtitle)
 
 
 if __name__ == "__main__":

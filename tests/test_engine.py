@@ -241,7 +241,8 @@ def test_decoding_equals_dense_attention_masked_to_the_kept_sets(spec, heads):
     """50 steps against a loop that recomputes everything densely and hides what the cache dropped."""
     torch.manual_seed(1)
     (N, H), D, room, sliding = heads, 8, 7, 30
-    method = build_method(small(spec), {kind: torch.rand(1, N) for kind in ("r", "r2")})
+    importance = {kind: torch.rand(1, N) for kind in ("r", "r2", "semantic")} | {"layer_errors": torch.rand(1)}
+    method = build_method(small(spec), importance)
     lengths, T = [70, 25, 9], 70
     keep = torch.stack([method.allocator(budget=16, prompt=n, num_layers=1, num_kv_heads=H) for n in lengths])
     slots = int((keep + room).sum((1, 2)).max())

@@ -353,6 +353,7 @@ def test_plots_show_every_allocator(command_line: Loaded, importance: Path, tmp_
         (["--tokens", "9999"], "shorten it"),
         (["--cache", "full"], "no option"),
         (["--output", str(tmp_path / "no" / "x.png")], "there is no folder"),
+        (["--output", str(tmp_path / "heads.xyz")], "not supported"),
     ):
         command = [*arguments, "--tokens", str(LENGTH), "--cache", "snapkv:window=8,recent=8", *wrong]
         assert plot_heads.main(command) == 2
