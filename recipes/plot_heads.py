@@ -106,7 +106,7 @@ def draw(
     panels = above.subplots(1, len(kinds) + (errors is not None), sharey=True, squeeze=False)[0]
     for axes, kind in zip(panels, kinds, strict=False):
         image = axes.imshow(scores[kind].numpy(), aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
-        above.colorbar(image, ax=axes, label="score", fraction=0.08)
+        above.colorbar(image, ax=axes, label="score", fraction=0.08, aspect=40)
         layout(axes, KINDS[kind], "query head")
     if errors is not None:
         panels[-1].barh(range(len(errors)), errors.tolist(), color="tab:orange")
