@@ -203,6 +203,8 @@ def compression_errors(loaded: Loaded, prompt: NeedlePrompt, method: Method) -> 
     n, device = len(prompt.ids), record.logits_1V.device
     position_1S = torch.arange(n, dtype=torch.int32, device=device)[None]
     pos_1HS = position_1S[:, None].expand(-1, loaded.config.num_kv_heads, -1)
+    keep_BH = torch.full((1, loaded.config.num_kv_heads), ERROR_BUDGET, device=device)
+    protected_BHS = method.protects(pos_1HS, torch.tensor([n], device=device), keep_BH)
     errors = []
     blocks = cast("list[Block]", list(loaded.model.blocks))
     for index, (layer, block) in enumerate(zip(record.layers, blocks, strict=True)):
@@ -212,11 +214,12 @@ def compression_errors(loaded: Loaded, prompt: NeedlePrompt, method: Method) -> 
             k_BHSD=layer.k_BHSD[:, :, :n],
             v_BHSD=layer.v_BHSD[:, :, :n],
             pos_BHS=pos_1HS,
-            protected_BHS=method.protects(pos_1HS, torch.tensor([n], device=device)),
+            protected_BHS=protected_BHS,
             sliding=layer.sliding,
             layer=index,
         )
-        best_S = method.scores(seen)[0, 0].argsort(descending=True, stable=True)
+        score_BHS = method.scorer(seen).masked_fill(protected_BHS, float("inf"))
+        best_S = score_BHS[0, 0].argsort(descending=True, stable=True)
         logit_NAT, seen_AT = logits(layer.q_BTND[:, n:], layer.k_BHSD, layer.sliding)
         left_AT = seen_AT.index_fill(1, best_S[ERROR_BUDGET:], False)
         v_NTD = layer.v_BHSD[0].repeat_interleave(len(logit_NAT) // layer.v_BHSD.shape[1], dim=0)

@@ -14,22 +14,32 @@ import html
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from recipes.leaderboard import pool, read_rows
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 DEPTHS = 5
 MARKERS = "osD^v<>PX*phd"
 
 
+def _figure(width: float, height: float) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("plots need matplotlib: run `pip install -c constraints.txt -e '.[plot]'`") from None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def _style(number: int) -> dict[str, Any]:
-    return {"color": plt.get_cmap("tab20")(number % 20), "marker": MARKERS[number % len(MARKERS)], "markersize": 5}
+    return {
+        "color": f"C{number % 10}",
+        "alpha": 1.0 if number < 10 else 0.55,
+        "marker": MARKERS[number % len(MARKERS)],
+        "markersize": 5,
+    }
 
 
 def quality(rows: list[dict[str, Any]]) -> Figure:
@@ -44,7 +54,8 @@ def quality(rows: list[dict[str, Any]]) -> Figure:
     for (_, cache), cell in cells.items():
         scores[cache] = scores.get(cache, 0) + cell.right
     caches = sorted(scores, key=lambda cache: -scores[cache])
-    figure, (left, right) = plt.subplots(1, 2, figsize=(14, 6.5), layout="constrained")
+    figure = _figure(14, 6.5)
+    left, right = figure.subplots(1, 2)
     for number, cache in enumerate(caches):
         line = [cell for (_, name), cell in sorted(cells.items()) if name == cache]
         apart = 1 + 0.008 * (number - len(caches) / 2)
@@ -89,7 +100,8 @@ def depths(rows: list[dict[str, Any]], budget: int) -> Figure:
                 line[min(int(row["depth"] * DEPTHS), DEPTHS - 1)].append(by_budget[wanted][0])
     names = sorted(cells, key=lambda key: (key[0] != "full", key))
     share = [[sum(hits) / len(hits) if hits else float("nan") for hits in cells[name]] for name in names]
-    figure, axes = plt.subplots(figsize=(8, 1.6 + 0.3 * len(names)), layout="constrained")
+    figure = _figure(8, 1.6 + 0.3 * len(names))
+    axes = figure.subplots()
     image = axes.imshow(share, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
     for y, name in enumerate(names):
         for x, hits in enumerate(cells[name]):
@@ -113,7 +125,8 @@ def speed(rows: list[dict[str, Any]]) -> Figure:
         return f"{row['contender']} {row['cache']}" + (f", {row['budget']}" if row["budget"] else "")
 
     dtypes, names = (list(dict.fromkeys(x)) for x in ((row["dtype"] for row in rows), map(name_of, rows)))
-    figure, panels = plt.subplots(1, len(dtypes), figsize=(6.5 * len(dtypes), 5), layout="constrained", squeeze=False)
+    figure = _figure(6.5 * len(dtypes), 5)
+    panels = figure.subplots(1, len(dtypes), squeeze=False)
     for axes, dtype in zip(panels[0], dtypes, strict=True):
         lines: dict[str, list[dict[str, Any]]] = {}
         for row in rows:
@@ -185,7 +198,6 @@ def main(argv: list[str] | None = None) -> int:
         for name, figure in figures(args.scores, args.peers, args.budget):
             pictures[name] = args.output / f"{name}.png"
             figure.savefig(pictures[name], dpi=110)
-            plt.close(figure)
         report = args.output / "report.html"
         report.write_text(page(pictures))
     except (ValueError, OSError) as error:

@@ -18,12 +18,13 @@ HEAVY = {"transformers", "lm_eval", "kvpress", "datasets", "matplotlib"}
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:
-    """Top-level names that a file imports, and whether the import is inside a function."""
+    """Top-level names that a file imports, and whether the import is inside a function or for type checkers alone."""
     tree = ast.parse(path.read_text())
     inside = {
         id(node)
         for function in ast.walk(tree)
         if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        or (isinstance(function, ast.If) and ast.unparse(function.test) == "TYPE_CHECKING")
         for node in ast.walk(function)
     }
     found = []
