@@ -6,18 +6,22 @@ queries, keys and values runs through a prompt, 50 steps and a second turn.
 
 from __future__ import annotations
 
+import cmath
 import math
+import re
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
 
 from layers.cache.arena import ArenaCache
 from layers.cache.prompt import PromptPass
+from layers.linear import Linear
 from layers.methods import build_method, method_names
 from layers.plan import ArenaShape
 
-L, H, D, STEPS, ROOM = 4, 2, 4, 50, 7
+L, H, D, E, STEPS, ROOM = 4, 2, 4, 6, 50, 7
 TUNED = {"window": 32, "rows": max, "group": max, "pool": max, "ahead": 12, "behind": 0, "sinks": 4, "recent": 4}
 
 
@@ -91,6 +95,48 @@ def keydiff_scores(turn, h):
     unit = [[x / math.sqrt(dot(k, k)) for x in k] for k in (turn.k[j][h] for j in turn.candidates[h])]
     anchor = [mean([k[d] for k in unit]) for d in range(D)]
     return [-dot(k, anchor) / math.sqrt(dot(anchor, anchor)) for k in unit]
+
+
+def turned(x, position, frequencies):
+    """RoPE: the halves of a vector are the parts of complex numbers, each turned at a pace of its own."""
+    half = D // 2
+    parts = [complex(x[d], x[d + half]) * cmath.exp(1j * position * f) for d, f in enumerate(frequencies)]
+    return [c.real for c in parts] + [c.imag for c in parts]
+
+
+@cache
+def rotation_to_come(first, frequencies):
+    """The mean of the rotation matrices at the next 512 positions, by rows."""
+    units = [[float(a == b) for a in range(D)] for b in range(D)]
+    images = [[turned(unit, p, frequencies) for unit in units] for p in range(first, first + 512)]
+    return [[mean([image[b][a] for image in images]) for b in range(D)] for a in range(D)]
+
+
+def times(matrix, x):
+    return [dot(row, x) for row in matrix]
+
+
+def expected_scores(turn, h, sinks=4, epsilon=0.0, use_vnorm=True, compat=False):
+    """Expected Attention: queries before RoPE have mu and Sigma, those to come are turned by the mean rotation."""
+    places, R = turn.candidates[h], rotation_to_come(turn.end, turn.frequencies)
+    places_in = [j for j in places if j >= (sinks if compat else 0)]
+    votes = []
+    for head in range(h * turn.G, (h + 1) * turn.G):
+        back = [turned(turn.q[i][head], -i, turn.frequencies) for i in range(max(turn.first, sinks), turn.end)]
+        mu = [mean([x[d] for x in back]) for d in range(D)]
+        sigma = [[mean([(x[a] - mu[a]) * (x[b] - mu[b]) for x in back]) for b in range(D)] for a in range(D)]
+        logits = []
+        for k in (turn.k[j][h] for j in places_in):
+            k_back = [dot([R[a][b] for a in range(D)], k) for b in range(D)]  # R^T k
+            logits.append(dot(k, times(R, mu)) / math.sqrt(D) + dot(k_back, times(sigma, k_back)) / (2 * D))
+        powers = [math.exp(z - max(logits)) for z in logits]
+        weight = dict(zip(places_in, (x / sum(powers) for x in powers), strict=True))
+        votes.append([weight.get(j, 0.0) for j in places])
+    scores = [mean(of_token) for of_token in zip(*votes, strict=True)]
+    if not use_vnorm:
+        return scores
+    values = [turn.v[j][h] for j in places]
+    return [(s + epsilon) * math.sqrt(dot(v, v)) for s, v in zip(scores, values, strict=True)]
 
 
 def rounded(shares, total):
@@ -227,8 +273,34 @@ def flat_code(alpha):
     return choose
 
 
+def critical(choose=per_head, alpha=0.5):
+    """CriticalKV: of what another choice keeps, a part by score, the rest by score times what a value adds."""
+
+    def chosen(turn, layer_budgets, scores, protected, budget):
+        kept = []
+        for h, held in enumerate(choose(turn, layer_budgets, scores, protected, budget)):
+            places = turn.candidates[h]
+            first = best(scores[h], places, protected, math.floor(alpha * len(held)))
+            weighed = []
+            for j, score in zip(places, scores[h], strict=True):
+                adds = [
+                    sum(abs(dot(turn.v[j][h], row[head * D : (head + 1) * D])) for row in turn.out)
+                    for head in range(h * turn.G, (h + 1) * turn.G)
+                ]
+                weighed.append((score + 1e-4) * mean(adds))
+            kept.append(best(weighed, places, {*protected, *first}, len(held)))
+        return kept
+
+    return chosen
+
+
 def window(setting, budgets=uniform, choose=per_head):
     return {"scores": setting, "budgets": budgets, "choose": choose, "ring": False}
+
+
+def expected(choose=per_head, **options):
+    scores = {"scores": "expected", "options": options, "sinks": options.get("sinks", 4), "recent": 1}
+    return {**scores, "budgets": uniform, "choose": choose, "ring": False}
 
 
 SHARED = published(8) | {"pool": mean, "ahead": 2, "behind": 2, "voters": 4}
@@ -261,6 +333,16 @@ ORACLES = {
     "h2o": {"evicts": "sums", "recent_share": 0.5},
     "h2o:ratio=0.2": {"evicts": "sums", "recent_share": 0.2},
     "tova": {"evicts": "last weights", "recent_share": 0},
+    "headkv-r2": window(published(8), headkv(1.01)),
+    "criticalkv": window(published(32), choose=critical()),
+    "criticalkv:alpha=0.25+snapkv:preset=tuned": window(TUNED, choose=critical(alpha=0.25)),
+    "criticalkv+headkv:preset=published,beta=2": window(published(8), headkv(2.0), critical()),
+    "criticalkv+adakv:preset=tuned": window(TUNED, choose=critical(flat())),
+    "criticalkv+expected-attention:use_vnorm=false": expected(critical(), use_vnorm=False),
+    "expected-attention": expected(),
+    "expected-attention:compat=true": expected(compat=True),
+    "expected-attention:sinks=0": expected(sinks=0),
+    "expected-attention:allocator=adakv,epsilon=0.01": expected(flat(), epsilon=0.01),
     "keydiff:allocator=adakv": {
         "scores": "keydiff",
         "sinks": 0,
@@ -278,8 +360,9 @@ ORACLES = {
 class Turn:
     """A layer of one row: new tokens from `first` to `end`, and what each head has of the past."""
 
-    def __init__(self, q, k, held, first, end):
-        self.q, self.k, self.first, self.end, self.G = q, k, first, end, len(q[0]) // H
+    def __init__(self, q, k, v, out, frequencies, held, first, end):
+        self.q, self.k, self.v, self.out, self.frequencies = q, k, v, out, frequencies
+        self.first, self.end, self.G = first, end, len(q[0]) // H
         self.candidates = [[*sorted(head), *range(first, end)] for head in held]
 
     def keep(self, oracle, layer, budget, importance):
@@ -292,6 +375,8 @@ class Turn:
             scores = [keydiff_scores(self, h) for h in range(H)]
         elif "voters" in setting:
             scores = compresskv_scores(self, setting, protected, importance["semantic"][layer])
+        elif oracle["scores"] == "expected":
+            scores = [expected_scores(self, h, **oracle["options"]) for h in range(H)]
         else:
             scores = [window_scores(self, h, setting, protected) for h in range(H)]
         budgets = oracle["budgets"](self.end, budget, sinks + recent, importance)[layer]
@@ -302,7 +387,9 @@ class Turn:
 class Loop:
     """What a conversation's rows hold, position by position, and what they answer."""
 
-    def __init__(self, oracle, q, k, v, budget, room, importance):
+    def __init__(self, oracle, q, k, v, outputs, frequencies, budget, room, importance):
+        self.outputs = [out.weight.double().tolist() for out in outputs]  # [layer][width][head and d]
+        self.frequencies = [tuple(row) for row in frequencies.double().tolist()]
         self.oracle, self.budget, self.room, self.importance = oracle, budget, room, importance
         self.q, self.k, self.v = ([row.tolist() for row in x.double()] for x in (q, k, v))  # [layer][row][t][head][d]
         self.rows = range(q.shape[1])
@@ -313,7 +400,8 @@ class Loop:
         for row in self.rows:
             first, end = self.seen[row], self.seen[row] + lengths[row]
             for layer in range(L):
-                turn = Turn(self.q[layer][row], self.k[layer][row], self.held[layer][row], first, end)
+                tensors = (x[layer][row] for x in (self.q, self.k, self.v))
+                turn = Turn(*tensors, self.outputs[layer], self.frequencies[row], self.held[layer][row], first, end)
                 self.held[layer][row] = turn.keep(self.oracle, layer, self.budget, self.importance)
             self.seen[row] = end
         self.kept = [[[list(head) for head in row] for row in layer] for layer in self.held]
@@ -406,7 +494,7 @@ def held_by(cache, row, layer, h):
     return cache.pos[row, start : start + length].tolist()
 
 
-def take_in(cache, method, tensors, seen, lengths, budget, room):
+def take_in(cache, method, tensors, outputs, frequencies_Bd, seen, lengths, budget, room):
     """One turn through our parts; returns the outputs of every layer."""
     keep_BLH = torch.stack(
         [
@@ -414,7 +502,8 @@ def take_in(cache, method, tensors, seen, lengths, budget, room):
             for n, new in zip(seen, lengths, strict=True)
         ]
     )
-    chunk = PromptPass(cache, method, keep_BLH=keep_BLH, room=[method.room(room)] * len(seen), new_tokens=lengths)
+    sizes = {"keep_BLH": keep_BLH, "room": [method.room(room)] * len(seen), "new_tokens": lengths}
+    chunk = PromptPass(cache, method, **sizes, outputs=outputs, frequencies_Bd=frequencies_Bd)
     most = max(lengths)
     out = []
     for layer in range(L):
@@ -433,6 +522,9 @@ def test_a_method_is_its_papers_formulas(spec, G, lengths):
     q, k, v = (torch.randn(L, B, total, heads, D) for heads in (G * H, H, H))
     importance = {kind: torch.rand(L, G * H) ** 3 for kind in ("r2", "semantic")}
     importance["layer_errors"] = torch.rand(L) ** 3
+    outputs, frequencies_Bd = [Linear(G * H * D, E) for _ in range(L)], torch.rand(B, D // 2)
+    for out in outputs:
+        torch.nn.init.normal_(out.weight)
     budget, room = (1000, 2 * STEPS) if spec == "full" else (40, ROOM)
     method = build_method(spec, importance)
     slots = (200 + room) * L * H if spec == "full" else (budget + room) * L * H + 10  # what published rounding adds
@@ -440,7 +532,7 @@ def test_a_method_is_its_papers_formulas(spec, G, lengths):
     cache = ArenaCache(replace(shape, evict=method.evict), "cpu")
     loop = EvictingLoop if method.evict else Loop
     as_lists = {kind: scores.double().tolist() for kind, scores in importance.items()}
-    loop = loop(ORACLES[spec], q, k, v, budget, room, as_lists)
+    loop = loop(ORACLES[spec], q, k, v, outputs, frequencies_Bd, budget, room, as_lists)
 
     def compare(when):
         for layer in range(L):
@@ -450,7 +542,7 @@ def test_a_method_is_its_papers_formulas(spec, G, lengths):
                     assert sorted(got) == sorted(want), f"{when}: layer {layer}, row {row}, head {h}"
 
     for turn, new in enumerate((lengths, more)):
-        outputs = take_in(cache, method, (q, k, v), loop.seen, new, budget, room)
+        answers = take_in(cache, method, (q, k, v), outputs, frequencies_Bd, loop.seen, new, budget, room)
         before = [[[list(head) for head in row] for row in layer] for layer in loop.held]
         loop.take_in(new)
         compare(f"turn {turn}")
@@ -460,7 +552,7 @@ def test_a_method_is_its_papers_formulas(spec, G, lengths):
                     held = [*before[layer][row][head // G], *range(loop.seen[row] - n, loop.seen[row])]
                     keys, values = ([x[layer][row][j][head // G] for j in held] for x in (loop.k, loop.v))
                     want = answer(loop.q[layer][row][loop.seen[row] - 1][head], keys, values)
-                    assert outputs[layer][row, n - 1, head].tolist() == pytest.approx(want, abs=1e-5)
+                    assert answers[layer][row, n - 1, head].tolist() == pytest.approx(want, abs=1e-5)
         if turn == 1:
             break
         for step in range(STEPS):
@@ -481,4 +573,4 @@ def test_a_method_is_its_papers_formulas(spec, G, lengths):
 
 
 def test_every_method_has_an_oracle():
-    assert {spec.partition(":")[0] for spec in ORACLES} == set(method_names())
+    assert {re.split("[:+]", spec)[0] for spec in ORACLES} == set(method_names())

@@ -125,6 +125,8 @@ class PromptPass:
             if self.method.evict is not None:  # what a short prompt leaves is room to grow
                 keep_BH = keep_BH + (laid_out_BH - keep_BH).sum(1, keepdim=True) // keep_BH.shape[1]
             self.cache.share_out(layer_1, laid_out_BH, keep_BH)
+        if self.method.refine is not None:
+            score_BHS = self.method.refine(score_BHS, keep_BH, seen)
         offset_BH = self.cache.offset.index_select(1, layer_1).squeeze(1)
         kept_BH = ragged_compact(
             self.cache.k,

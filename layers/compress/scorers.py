@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from kernels.rope import apply_rope
 from kernels.window_scores import window_scores
 from layers.linear import Linear
 
@@ -78,6 +79,9 @@ class Scorer(Protocol):
 
         Returns:
             (B, H, S) fp32; what it says of empty places and protected tokens does not matter.
+
+        Raises:
+            ValueError: the observation lacks what this needs.
         """
         ...
 
@@ -318,3 +322,82 @@ def _at(wanted_BX: Tensor, number_BKS: Tensor, pos_BKS: Tensor) -> Tensor:
     wanted_BKX = wanted_BX[:, None].expand(-1, pos_BKS.shape[1], -1).contiguous()
     at_BKX = torch.searchsorted(ordered_BKS, wanted_BKX).clamp(max=pos_BKS.shape[-1] - 1)
     return number_BKS.gather(-1, at_BKX).masked_fill(ordered_BKS.gather(-1, at_BKX) != wanted_BKX, 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpectedAttention:
+    """The attention that queries to come will pay if they are like those so far, times the size of the value.
+
+    Queries of a head, before rotation, are taken for samples of a normal distribution. Those to come are turned by the
+    average of the rotations at the next positions. What multiplies RoPE's sines and cosines in some scalings is in the
+    queries at hand already, so it needs no mention.
+
+    Args:
+        sinks: first tokens of the sequence, whose queries are not like others and do not count.
+        future: positions to come that rotations are averaged over, >= 1.
+        epsilon: added to the expected attention before it is multiplied.
+        use_vnorm: multiply by the value's length.
+        compat: the published code: the first tokens do not share in the softmax.
+
+    Raises:
+        ValueError: `future` is below 1.
+
+    Source:
+        Devoto et al., Expected Attention, 2025.
+
+    Example:
+        >>> k, pos = torch.tensor([[0.0, 1], [0, 9]]).view(1, 1, 2, 2), torch.tensor([[[0, 1]]])
+        >>> seen = {"k_BHSD": k, "v_BHSD": k, "pos_BHS": pos, "protected_BHS": pos < 0, "sliding": None, "layer": 0}
+        >>> new = {"q_BTND": k.transpose(1, 2), "position_BT": pos[0], "frequencies_Bd": torch.zeros(1, 1)}
+        >>> ExpectedAttention(sinks=0)(Observation(**new, **seen)).argmax().item()
+        1
+    """
+
+    sinks: int = 4
+    future: int = 512
+    epsilon: float = 0.0
+    use_vnorm: bool = True
+    compat: bool = False
+
+    def __post_init__(self) -> None:
+        if self.future < 1:
+            raise ValueError(f"future must be at least 1, not {self.future}")
+
+    def __call__(self, seen: Observation) -> Tensor:
+        """Score by expected attention."""
+        (_, _, N, D), (B, H, S) = seen.q_BTND.shape, seen.pos_BHS.shape
+        counted_BT = seen.position_BT >= self.sinks
+        count_B = counted_BT.sum(1).clamp(min=1)
+        q_BTND = apply_rope(seen.q_BTND.float(), *self._turn(seen)).masked_fill(~counted_BT[..., None, None], 0)
+        mean_BND = q_BTND.sum(1) / count_B[:, None, None]
+        next_B11 = seen.pos_BHS.amax((1, 2))[:, None, None] + 1
+        hidden_BHS = seen.pos_BHS < (self.sinks if self.compat else 0)
+        if seen.sliding is not None:
+            hidden_BHS |= seen.pos_BHS <= next_B11 - seen.sliding
+        score_BHS = torch.empty(B, H, S, dtype=torch.float32, device=seen.k_BHSD.device)
+        for head in range(H):
+            group = slice(head * N // H, (head + 1) * N // H)
+            mean_BGD, k_B1SD = mean_BND[:, group], seen.k_BHSD[:, head, None].float()
+            apart_BGTD = (q_BTND[:, :, group] - mean_BGD[:, None]).transpose(1, 2)
+            apart_BGTD = apart_BGTD.masked_fill(~counted_BT[:, None, :, None], 0)
+            covariance_BGDD = apart_BGTD.mT @ apart_BGTD / count_B[:, None, None, None]
+            logit_BGS = (mean_BGD[:, :, None] @ k_B1SD.mT).squeeze(2) / D**0.5
+            logit_BGS += ((k_B1SD @ covariance_BGDD) * k_B1SD).sum(-1) / (2 * D)
+            # The lowest number rather than -inf: where nothing is visible, no NaN.
+            logit_BGS = logit_BGS.masked_fill(hidden_BHS[:, head, None], torch.finfo(torch.float32).min)
+            score_BHS[:, head] = logit_BGS.softmax(-1).mean(1)
+        if self.use_vnorm:
+            score_BHS = (score_BHS + self.epsilon) * torch.linalg.vector_norm(seen.v_BHSD.float(), dim=-1)
+        return score_BHS.masked_fill(seen.pos_BHS < 0, 0)
+
+    def _turn(self, seen: Observation) -> tuple[Tensor, Tensor]:
+        """Cosine and sine (B, T, d) that turn a query back to position 0 and on by the average turn to come."""
+        if seen.frequencies_Bd is None:
+            raise ValueError("expected attention turns queries back: give PromptPass `frequencies_Bd`")
+        next_B1 = seen.pos_BHS.amax((1, 2))[:, None] + 1
+        to_come_BF = next_B1 + torch.arange(self.future, device=next_B1.device)
+        ahead_BFd = to_come_BF[..., None].float() * seen.frequencies_Bd[:, None]
+        cos_B1d, sin_B1d = (x.mean(1, keepdim=True) for x in (ahead_BFd.cos(), ahead_BFd.sin()))
+        angle_BTd = seen.position_BT[..., None].float() * seen.frequencies_Bd[:, None]
+        back_cos_BTd, back_sin_BTd = angle_BTd.cos(), angle_BTd.sin()
+        return cos_B1d * back_cos_BTd + sin_B1d * back_sin_BTd, sin_B1d * back_cos_BTd - cos_B1d * back_sin_BTd

@@ -22,10 +22,11 @@ def method_names() -> list[str]:
     """Names of all methods, sorted.
 
     Example:
-        >>> "headkv" in method_names()
-        True
+        >>> "headkv" in method_names(), "expected-attention" in method_names()
+        (True, True)
     """
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
+    files = (module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
+    return sorted(file.replace("_", "-") for file in files)
 
 
 def allocator_names() -> list[str]:
@@ -33,7 +34,7 @@ def allocator_names() -> list[str]:
 
     Example:
         >>> allocator_names()
-        ['adakv', 'compresskv', 'headkv', 'pyramidkv', 'uniform']
+        ['adakv', 'compresskv', 'headkv', 'headkv-r2', 'pyramidkv', 'uniform']
     """
     return sorted(["uniform", *(name for name in method_names() if hasattr(_module(name), "allocate"))])
 
@@ -117,7 +118,7 @@ def needs_importance(spec: str) -> bool:
 
 
 def _module(name: str) -> ModuleType:
-    return importlib.import_module(f"{__name__}.{name}")
+    return importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
 
 
 def _allocate(name: str, options: str) -> Allocate | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from layers.compress.allocators import Allocator, SharingAllocator, Uniform
 from layers.compress.decode_rules import ReplaceWorst
+from layers.compress.refiners import Refiner
 from layers.compress.scorers import Scorer
 
 Allocate = Callable[..., Allocator]
@@ -33,6 +34,7 @@ class Method:
         evict: new tokens replace the worst one, by attention, so that a region holds its budget at every step; None if
             they replace the oldest.
         default_budget: tokens per KV head when the user names none; None for a method that keeps everything.
+        refine: scores a layer's tokens anew once each head's budget is known; None where one look is enough.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Method:
     ring_over_prompt: bool = False
     evict: ReplaceWorst | None = None
     default_budget: int | None = 128
+    refine: Refiner | None = None
 
     def __post_init__(self) -> None:
         least = 0 if self.evict else 1

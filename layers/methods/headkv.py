@@ -59,7 +59,7 @@ def build(*, allocator: Allocate = allocate, scoring: Scoring = PRESETS["tuned"]
     """
     return Method(
         name="headkv",
-        paper="HeadKV-R2, arXiv 2410.19258",
+        paper="HeadKV, arXiv 2410.19258",
         summary="as snapkv, with more budget for the heads that retrieve",
         scorer=scoring.scorer,
         allocator=allocator(protected=scoring.protected),
