@@ -136,6 +136,7 @@ def bad_options(place: Path, rng: random.Random) -> Iterator[Case]:
     bad_methods += ["snapkv:no=1", "full:sinks=4", "streaming:sinks=-1", "headkv:beta=0.5", "headkv:scores=r3"]
     bad_methods += ["snapkv:allocator=snapkv", "full:allocator=adakv", "adakv:alpha=2", "keydiff:preset=tuned"]
     bad_methods += ["compresskv:heads=0", "snapkv:allocator=compresskv,ceiling=0"]
+    bad_methods += ["criticalkv+", "criticalkv+keydiff", "criticalkv:alpha=2", "expected_attention", "snapkv+adakv"]
     wrong = {
         "--max-new-tokens": count,
         "--max-context": count,
@@ -478,7 +479,7 @@ def test_processes_refuse_what_they_have_to_read(place, work):
     cases = {
         "is truncated": (asked("short.gguf"), {}),
         "model_type 'mamba' is not supported": (asked("mamba"), {}),
-        "choose from adakv, ": (
+        "no cache method is called 'fulll': choose from adakv, ": (
             asked(good, cache="fulll"),
             {},
         ),

@@ -194,6 +194,8 @@ def test_list_shows_every_choice(run):
     assert ("headkv", "window attention", "head importance", "yes", "-") in rows
     assert ("compresskv", "chosen heads", "layer errors", "yes", "-") in rows
     assert ("streaming", "position", "uniform", "-", "yes") in rows
+    assert ("criticalkv", "window attention, projected values", "uniform", "-", "-") in rows
+    assert ("expected-attention", "expected attention", "uniform", "-", "-") in rows
     assert ("adakv", "window attention", "layer top k", "-", "-") in rows
     assert max(map(len, out.splitlines())) <= 100
 

@@ -1,6 +1,7 @@
 """The parts of compression against naive loops written from the papers' formulas."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,10 +10,15 @@ from hypothesis import strategies as st
 
 from kernels.ragged_compact import ragged_compact
 from layers.budget import parse_budget
+from layers.cache.arena import ArenaCache
+from layers.cache.prompt import PromptPass
 from layers.compress.allocators import HeadImportance, LayerErrors, LayerTopK, Pyramid, Uniform
-from layers.compress.scorers import KeyDifference, Observation, WindowAttention
+from layers.compress.refiners import ProjectedValues, projected_norms
+from layers.compress.scorers import ExpectedAttention, KeyDifference, Observation, WindowAttention
+from layers.linear import Linear
 from layers.methods import allocator_names, build_method, method_names, needs_importance
 from layers.plan import ArenaShape, offsets
+from layers.quantize import quantize_weights
 
 
 def naive_window_attention(q_WND, k_HSD, positions_S, position_W, sliding=None):
@@ -381,14 +387,14 @@ IMPORTANCE = {kind: torch.rand(2, 4) for kind in ("r", "r2", "semantic")} | {"la
 @pytest.mark.parametrize("name", method_names())
 def test_methods_build_and_describe_themselves(name):
     method = build_method(name, IMPORTANCE)
-    assert method.name == name and method.summary and method.paper
+    assert method.name.partition("+")[0] == name and method.summary and method.paper
     if needs_importance(name):
         with pytest.raises(ValueError, match="needs head importance"):
             build_method(name)
 
 
 @pytest.mark.parametrize("allocator", allocator_names())
-@pytest.mark.parametrize("name", [name for name in method_names() if name not in ("full", "tova")])
+@pytest.mark.parametrize("name", [name for name in method_names() if name not in ("full", "criticalkv")])
 def test_any_scores_go_with_any_budgets(name, allocator):
     spec = f"{name}:allocator={allocator}"
     method, plain = build_method(spec, IMPORTANCE), build_method(name, IMPORTANCE)
@@ -396,9 +402,108 @@ def test_any_scores_go_with_any_budgets(name, allocator):
     source = build_method("snapkv" if allocator == "uniform" else allocator, IMPORTANCE)
     assert type(method.allocator) is type(source.allocator)
     assert getattr(method.allocator, "protected", method.protected) == method.protected
-    assert needs_importance(spec) == (allocator in ("headkv", "compresskv") or name == "compresskv")
+    assert needs_importance(spec) == (allocator.startswith(("headkv", "compresskv")) or name == "compresskv")
     if allocator == name:
         assert repr(method) == repr(plain)
+    if name not in ("streaming", "keydiff"):
+        changed = build_method(f"criticalkv:alpha=0.3+{spec}", IMPORTANCE)
+        assert changed.refine == ProjectedValues(alpha=0.3) and changed.name == f"criticalkv+{name}"
+        assert repr(
+            replace(changed, **{x: getattr(method, x) for x in ("name", "paper", "summary", "refine")})
+        ) == repr(method)
+
+
+def test_headkv_r2_is_headkv_with_other_settings():
+    for one, other in [
+        ("headkv-r2", "headkv:preset=published,beta=1.01"),
+        ("headkv-r2:preset=tuned,beta=3", "headkv"),
+        ("snapkv:allocator=headkv-r2", "snapkv:allocator=headkv,beta=1.01"),
+    ]:
+        a, b = build_method(one, IMPORTANCE), build_method(other, IMPORTANCE)
+        assert (repr(a.scorer), repr(a.allocator), a.protected) == (repr(b.scorer), repr(b.allocator), b.protected)
+
+
+def observation(lengths, *, N=4, H=2, D=4, **changes):
+    """Random tokens of ragged rows, padding and empty places full of NaN."""
+    B, T = len(lengths), max(lengths)
+    position = torch.arange(T, dtype=torch.int32).expand(B, T).clone()
+    position[position >= torch.tensor(lengths)[:, None]] = -1
+    q, k, v = torch.randn(B, T, N, D), torch.randn(B, H, T, D), torch.randn(B, H, T, D)
+    q[position < 0] = float("nan")
+    for x in (k, v):
+        x.masked_fill_((position < 0)[:, None, :, None], float("nan"))
+    pos = position[:, None].expand(B, H, T)
+    out = Linear(N * D, 8).requires_grad_(False)
+    torch.nn.init.normal_(out.weight)
+    return Observation(
+        **{
+            **{"q_BTND": q, "position_BT": position, "k_BHSD": k, "v_BHSD": v, "pos_BHS": pos, "sliding": None},
+            **{"protected_BHS": pos == 0, "layer": 0, "out": out, "frequencies_Bd": torch.rand(B, D // 2)},
+            **changes,
+        }
+    )
+
+
+def row(seen, index):
+    return replace(
+        seen, **{name: x[index : index + 1] for name, x in vars(seen).items() if isinstance(x, torch.Tensor)}
+    )
+
+
+def test_padding_does_not_count_as_queries_to_come():
+    torch.manual_seed(3)
+    lengths = [30, 11, 2, 1]
+    seen, scorer = observation(lengths), ExpectedAttention(sinks=1)
+    score = scorer(seen)
+    assert score.isfinite().all()
+    for index, length in enumerate(lengths):
+        alone = row(seen, index)
+        short = replace(alone, q_BTND=alone.q_BTND[:, :length], position_BT=alone.position_BT[:, :length])
+        torch.testing.assert_close(scorer(short)[..., :length], score[index : index + 1, :, :length])
+
+
+def test_expected_attention_sees_what_the_next_query_sees():
+    torch.manual_seed(4)
+    scorer = ExpectedAttention(sinks=2, use_vnorm=False)
+    score = scorer(observation([20], sliding=6))
+    assert (score[..., :15] == 0).all() and (score[..., 15:] > 0).all()
+    torch.testing.assert_close(score.sum(-1), torch.ones(1, 2))
+    assert scorer(observation([1], sliding=1)).isfinite().all()  # the next query sees none of it
+
+
+def test_expected_attention_is_the_mean_over_queries_that_are_normal():
+    """At one position to come and without rotation, z is the logarithm of the mean of exp(q k / sqrt(D))."""
+    torch.manual_seed(5)
+    seen = observation([4000], N=1, H=1, frequencies_Bd=torch.zeros(1, 2))
+    want = (seen.q_BTND[0, :, 0] @ seen.k_BHSD[0, 0, :50].T / 2).exp().mean(0)
+    got = ExpectedAttention(sinks=0, use_vnorm=False)(seen)[0, 0, :50]
+    torch.testing.assert_close(got / got.sum(), want / want.sum(), rtol=0.2, atol=0)
+
+
+def test_a_scaling_of_sines_is_in_the_queries_already():
+    """YaRN multiplies queries and keys after RoPE by a number; scores are those of keys and queries so long."""
+    torch.manual_seed(6)
+    seen = observation([25])
+    longer = replace(seen, q_BTND=1.3 * seen.q_BTND, k_BHSD=1.3 * seen.k_BHSD)
+    still = replace(seen, q_BTND=1.69 * seen.q_BTND)
+    torch.testing.assert_close(ExpectedAttention()(longer), ExpectedAttention()(still))
+
+
+@pytest.mark.parametrize(("dtype", "int8"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)])
+def test_projected_norms_are_the_formula(dtype, int8):
+    torch.manual_seed(7)
+    seen, group, D = observation([19, 7], N=6, H=2, D=4), 3, 4
+    values, weight = seen.v_BHSD.to(dtype), seen.out.weight
+    if int8:
+        quantize_weights(seen.out)
+    got = projected_norms(values, seen.out)
+    for b, length in enumerate([19, 7]):
+        for h in range(2):
+            for s in range(length):
+                heads = range(h * group, (h + 1) * group)
+                adds = [(weight[:, n * D : (n + 1) * D] @ values[b, h, s].float()).abs().sum() for n in heads]
+                exact = dtype is torch.float32 and not int8
+                assert float(got[b, h, s]) == pytest.approx(float(sum(adds)) / group, rel=1e-5 if exact else 0.02)
 
 
 def test_options_of_scores_and_budgets_go_together():
@@ -426,6 +531,15 @@ def test_a_calibration_without_what_a_method_needs_says_what_makes_it(spec, miss
     ("spec", "message"),
     [
         ("snapkw", "choose from adakv, "),
+        ("expected_attention", "no cache method is called 'expected_attention'"),
+        ("expected-attention:future=0", "future must be at least 1"),
+        ("criticalkv:alpha=1.5", "alpha must be between 0 and 1"),
+        ("criticalkv:alpha=nan", "alpha must be between 0 and 1"),
+        ("criticalkv:window=8", "no option 'window=8': write name=value with alpha"),
+        ("criticalkv+criticalkv", "looks twice at its tokens already"),
+        ("criticalkv+keydiff", "keydiff does not score by attention"),
+        ("criticalkv+full", "full does not score by attention"),
+        ("snapkv+adakv", "snapkv is complete"),
         ("snapkv:pool=3", "no option"),
         ("snapkv:window=x", "takes int"),
         ("snapkv:window=0", "window must be at least 1"),
@@ -459,3 +573,14 @@ def test_a_calibration_without_what_a_method_needs_says_what_makes_it(spec, miss
 def test_wrong_methods_are_explained(spec, message):
     with pytest.raises(ValueError, match=message):
         build_method(spec, IMPORTANCE)
+
+
+@pytest.mark.parametrize(
+    ("spec", "missing"), [("criticalkv:alpha=0.25", "outputs"), ("expected-attention", "frequencies_Bd")]
+)
+def test_what_a_method_looks_at_must_be_given(spec, missing):
+    shape = ArenaShape(batch=1, num_layers=1, num_kv_heads=1, head_dim=4, slots=60, dtype=torch.float32)
+    keep, x = torch.full((1, 1, 1), 40), torch.randn(1, 50, 1, 4)
+    chunk = PromptPass(ArenaCache(shape, "cpu"), build_method(spec), keep_BLH=keep, room=[1], new_tokens=[50])
+    with pytest.raises(ValueError, match=f"give PromptPass `{missing}`"):
+        chunk.attend(torch.tensor([0]), x, x, x, None)

@@ -10,6 +10,7 @@ from checkpoints.config import ModelConfig, RopeConfig
 from kernels.ragged_decode import ragged_decode
 from layers.cache.arena import ArenaCache
 from layers.cache.prompt import PromptPass
+from layers.linear import Linear
 from layers.methods import build_method, method_names
 from layers.plan import ArenaShape
 from layers.quantize import quantize_weights
@@ -71,12 +72,14 @@ def close(got, want):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-4)
 
 
-WITHOUT_WINDOW = ("full", "streaming", "keydiff", "h2o", "tova")
+WITHOUT_WINDOW = ("full", "streaming", "keydiff", "expected-attention", "h2o", "tova")
 EVICTING = ("h2o", "tova")
 
 
 def variants(name):
-    return [name] if name in WITHOUT_WINDOW else [name, f"{name}:preset=tuned", f"{name}:preset=published"]
+    if name in WITHOUT_WINDOW or name == "criticalkv":
+        return [name]
+    return [name, f"{name}:preset=tuned", f"{name}:preset=published"]
 
 
 SPECS = [spec for name in method_names() for spec in variants(name)] + [
@@ -86,6 +89,8 @@ SPECS = [spec for name in method_names() for spec in variants(name)] + [
     "pyramidkv:compat=true",
     "snapkv:allocator=headkv",
     "keydiff:allocator=adakv",
+    "criticalkv+adakv:preset=tuned",
+    "criticalkv:alpha=0.25+headkv",
     "streaming:allocator=headkv",
     "h2o:ratio=0.2",
     "h2o:allocator=adakv",
@@ -96,9 +101,11 @@ SMALL = "window=4,recent=4"
 
 def small(spec):
     """The same method with a window that small budgets can hold."""
-    if spec.startswith(WITHOUT_WINDOW):
+    spec = "criticalkv+snapkv" if spec == "criticalkv" else spec
+    last = spec.rpartition("+")[2]
+    if last.startswith(WITHOUT_WINDOW):
         return spec
-    return spec + ("," if ":" in spec else ":") + SMALL
+    return spec + ("," if ":" in last else ":") + SMALL
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -251,7 +258,10 @@ def test_decoding_equals_dense_attention_masked_to_the_kept_sets(spec, heads):
     )
     layer = torch.tensor([0])
     q, k, v = torch.randn(3, T + 50, N, D), torch.randn(3, T + 50, H, D), torch.randn(3, T + 50, H, D)
-    prompt = PromptPass(cache, method, keep_BLH=keep, room=[room] * 3, new_tokens=lengths)
+    out = Linear(N * D, 16)
+    torch.nn.init.normal_(out.weight)
+    looked_at = {"outputs": [out], "frequencies_Bd": torch.rand(3, D // 2)}
+    prompt = PromptPass(cache, method, keep_BLH=keep, room=[room] * 3, new_tokens=lengths, **looked_at)
     prompt.attend(layer, q[:, :T], k[:, :T], v[:, :T], sliding)
     prompt.finish()
 

@@ -238,6 +238,10 @@ SPECS = [
     "h2o:allocator=headkv",
     "tova",
     "compresskv:preset=tuned",
+    "headkv-r2:window=6,recent=6",
+    "criticalkv+snapkv:preset=tuned",
+    "criticalkv:alpha=0.2+adakv:preset=tuned",
+    "expected-attention",
 ]
 
 

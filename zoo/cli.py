@@ -514,8 +514,8 @@ def print_choices() -> None:
         method = described(name)
         methods.add_row(name, method.summary, method.paper)
         calibrated, evicts = needs_importance(name), method.ring_over_prompt or method.evict
-        words = _words(method.scorer), _words(method.allocator), "yes" if calibrated else "-", "yes" if evicts else "-"
-        parts.add_row(name, *words)
+        scores = ", ".join(_words(part) for part in (method.scorer, method.refine) if part is not None)
+        parts.add_row(name, scores, _words(method.allocator), *("yes" if x else "-" for x in (calibrated, evicts)))
     allocators = f"[italic]Any method but full, with other budgets[/] :allocator={'|'.join(allocator_names())}"
     dtypes = f"[italic]--dtype[/] {', '.join(DTYPES)}"
     console.print(models, "", methods, "", parts, "", allocators, "", dtypes, sep="\n")
