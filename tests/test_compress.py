@@ -424,12 +424,12 @@ def test_headkv_r2_is_headkv_with_other_settings():
 
 
 def observation(lengths, *, N=4, H=2, D=4, **changes):
-    """Random tokens of ragged rows, padding and empty places full of NaN."""
+    """Random tokens of ragged rows; queries of padding are large, keys and values of empty places are NaN."""
     B, T = len(lengths), max(lengths)
     position = torch.arange(T, dtype=torch.int32).expand(B, T).clone()
     position[position >= torch.tensor(lengths)[:, None]] = -1
     q, k, v = torch.randn(B, T, N, D), torch.randn(B, H, T, D), torch.randn(B, H, T, D)
-    q[position < 0] = float("nan")
+    q[position < 0] = 1e4
     for x in (k, v):
         x.masked_fill_((position < 0)[:, None, :, None], float("nan"))
     pos = position[:, None].expand(B, H, T)

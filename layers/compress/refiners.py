@@ -113,7 +113,5 @@ def projected_norms(v_BHSD: Tensor, out: Linear) -> Tensor:
         w_DX = w_EX.unflatten(1, (group, D)).flatten(0, 1).T.to(v_BHSD.dtype).contiguous()
         for start in range(0, S, block):
             here = slice(start, start + block)
-            norm_BHS[:, head, here] = torch.linalg.vector_norm(
-                v_BHSD[:rows, head, here] @ w_DX, ord=1, dim=-1, dtype=torch.float32
-            )
+            norm_BHS[:, head, here] = (v_BHSD[:rows, head, here] @ w_DX).abs_().sum(-1, dtype=torch.float32)
     return norm_BHS / group

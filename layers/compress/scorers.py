@@ -366,38 +366,44 @@ class ExpectedAttention:
     def __call__(self, seen: Observation) -> Tensor:
         """Score by expected attention."""
         (_, _, N, D), (B, H, S) = seen.q_BTND.shape, seen.pos_BHS.shape
-        counted_BT = seen.position_BT >= self.sinks
-        count_B = counted_BT.sum(1).clamp(min=1)
-        q_BTND = apply_rope(seen.q_BTND.float(), *self._turn(seen)).masked_fill(~counted_BT[..., None, None], 0)
-        mean_BND = q_BTND.sum(1) / count_B[:, None, None]
+        counted_BT = (seen.position_BT >= self.sinks).float()
+        count_B1 = counted_BT.sum(1, keepdim=True).clamp(min=1)
+        q_BTND = apply_rope(seen.q_BTND.float(), *self._turn(seen, counted_BT))
+        mean_BND = q_BTND.sum(1) / count_B1[..., None]
+        apart_BTND = q_BTND.addcmul_(counted_BT[..., None, None], mean_BND[:, None], value=-1)
         next_B11 = seen.pos_BHS.amax((1, 2))[:, None, None] + 1
         hidden_BHS = seen.pos_BHS < (self.sinks if self.compat else 0)
         if seen.sliding is not None:
             hidden_BHS |= seen.pos_BHS <= next_B11 - seen.sliding
         score_BHS = torch.empty(B, H, S, dtype=torch.float32, device=seen.k_BHSD.device)
         for head in range(H):
-            group = slice(head * N // H, (head + 1) * N // H)
-            mean_BGD, k_B1SD = mean_BND[:, group], seen.k_BHSD[:, head, None].float()
-            apart_BGTD = (q_BTND[:, :, group] - mean_BGD[:, None]).transpose(1, 2)
-            apart_BGTD = apart_BGTD.masked_fill(~counted_BT[:, None, :, None], 0)
-            covariance_BGDD = apart_BGTD.mT @ apart_BGTD / count_B[:, None, None, None]
-            logit_BGS = (mean_BGD[:, :, None] @ k_B1SD.mT).squeeze(2) / D**0.5
-            logit_BGS += ((k_B1SD @ covariance_BGDD) * k_B1SD).sum(-1) / (2 * D)
+            group, k_BSD = slice(head * N // H, (head + 1) * N // H), seen.k_BHSD[:, head].float()
+            apart_BGTD = apart_BTND[:, :, group].transpose(1, 2)
+            covariance_BGDD = apart_BGTD.mT @ apart_BGTD / count_B1[..., None, None]
+            spread_BSGD = (k_BSD @ covariance_BGDD.transpose(1, 2).flatten(2)).unflatten(2, (-1, D))
+            logit_BSG = k_BSD @ mean_BND[:, group].mT / D**0.5
+            logit_BSG += torch.einsum("bsgd,bsd->bsg", spread_BSGD, k_BSD) / (2 * D)
             # The lowest number rather than -inf: where nothing is visible, no NaN.
-            logit_BGS = logit_BGS.masked_fill(hidden_BHS[:, head, None], torch.finfo(torch.float32).min)
-            score_BHS[:, head] = logit_BGS.softmax(-1).mean(1)
+            logit_BSG = logit_BSG.masked_fill(hidden_BHS[:, head, :, None], torch.finfo(torch.float32).min)
+            score_BHS[:, head] = logit_BSG.softmax(1).mean(2)
         if self.use_vnorm:
             score_BHS = (score_BHS + self.epsilon) * torch.linalg.vector_norm(seen.v_BHSD.float(), dim=-1)
         return score_BHS.masked_fill(seen.pos_BHS < 0, 0)
 
-    def _turn(self, seen: Observation) -> tuple[Tensor, Tensor]:
-        """Cosine and sine (B, T, d) that turn a query back to position 0 and on by the average turn to come."""
+    def _turn(self, seen: Observation, counted_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine (B, T, d) that turn a query back to position 0 and on by the average turn to come.
+
+        Both are 0 for queries that do not count.
+        """
         if seen.frequencies_Bd is None:
             raise ValueError("expected attention turns queries back: give PromptPass `frequencies_Bd`")
         next_B1 = seen.pos_BHS.amax((1, 2))[:, None] + 1
         to_come_BF = next_B1 + torch.arange(self.future, device=next_B1.device)
         ahead_BFd = to_come_BF[..., None].float() * seen.frequencies_Bd[:, None]
         cos_B1d, sin_B1d = (x.mean(1, keepdim=True) for x in (ahead_BFd.cos(), ahead_BFd.sin()))
-        angle_BTd = seen.position_BT[..., None].float() * seen.frequencies_Bd[:, None]
-        back_cos_BTd, back_sin_BTd = angle_BTd.cos(), angle_BTd.sin()
+        angle_BTd, counted_BT1 = (
+            seen.position_BT[..., None].float() * seen.frequencies_Bd[:, None],
+            counted_BT[..., None],
+        )
+        back_cos_BTd, back_sin_BTd = angle_BTd.cos() * counted_BT1, angle_BTd.sin() * counted_BT1
         return cos_B1d * back_cos_BTd + sin_B1d * back_sin_BTd, sin_B1d * back_cos_BTd - cos_B1d * back_sin_BTd
