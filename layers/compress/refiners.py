@@ -11,8 +11,9 @@ from torch import Tensor
 from layers.compress.scorers import Observation
 from layers.linear import Linear
 
-_BLOCK = 1 << 18
-"""Numbers that are projected at once: 1 MiB of fp32 stays in a processor's cache."""
+_BLOCK, _BLOCK_OF_16_BITS = 1 << 18, 1 << 21
+"""Numbers that are projected at once: 1 MiB of fp32 stays in a processor's cache; products of fewer bits, which pack
+the weights anew every time, had better be few."""
 
 
 class Refiner(Protocol):
@@ -87,6 +88,7 @@ def projected_norms(v_BHSD: Tensor, out: Linear) -> Tensor:
     """How much each value adds to a layer's output: the mean of |V_j W_O|_1 over the query heads that share it.
 
     That is as much arithmetic as the layer's output projection of all tokens; memory is bounded by a block of them.
+    Every query head's norm is rounded to the values' dtype.
 
     Args:
         v_BHSD: values.
@@ -105,7 +107,8 @@ def projected_norms(v_BHSD: Tensor, out: Linear) -> Tensor:
     group = out.weight.shape[1] // (H * D)
     norm_BHS = torch.empty(B, H, S, dtype=torch.float32, device=v_BHSD.device)
     rows = 1 if v_BHSD.stride(0) == 0 else B  # a prompt that is replayed in many rows is one row in memory
-    block = max(1, _BLOCK // (rows * group * len(out.weight)))
+    numbers = _BLOCK if v_BHSD.dtype is torch.float32 else _BLOCK_OF_16_BITS
+    block = max(1, numbers // (rows * group * len(out.weight)))
     for head in range(H):
         w_EX = out.weight.detach()[:, head * group * D : (head + 1) * group * D]
         if out.scale is not None:
@@ -113,5 +116,6 @@ def projected_norms(v_BHSD: Tensor, out: Linear) -> Tensor:
         w_DX = w_EX.unflatten(1, (group, D)).flatten(0, 1).T.to(v_BHSD.dtype).contiguous()
         for start in range(0, S, block):
             here = slice(start, start + block)
-            norm_BHS[:, head, here] = (v_BHSD[:rows, head, here] @ w_DX).abs_().sum(-1, dtype=torch.float32)
-    return norm_BHS / group
+            added_BSGE = (v_BHSD[:rows, head, here] @ w_DX).abs_().unflatten(-1, (group, -1))
+            norm_BHS[:, head, here] = added_BSGE.sum(-1).mean(-1, dtype=torch.float32)
+    return norm_BHS
