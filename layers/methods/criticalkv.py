@@ -50,6 +50,6 @@ def wrap(method: Method, *, alpha: float = 0.5) -> Method:
         method,
         name=f"criticalkv+{method.name}",
         paper="CriticalKV, arXiv 2502.03805",
-        summary="half as another method (snapkv alone), half also by what values add to the output",
+        summary="half as another method (criticalkv+adakv), half also by what values add to the output",
         refine=ProjectedValues(alpha=alpha),
     )
