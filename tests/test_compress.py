@@ -506,6 +506,21 @@ def test_projected_norms_are_the_formula(dtype, int8):
                 assert float(got[b, h, s]) == pytest.approx(float(sum(adds)) / group, rel=1e-5 if exact else 0.02)
 
 
+@pytest.mark.parametrize(("alpha", "first"), [(0.0, [1, 1]), (0.5, [3, 4]), (0.3, [2, 2]), (1.0, [7, 9])])
+def test_a_second_look_chooses_some_by_score_and_weighs_the_rest(alpha, first):
+    """Of budgets of 7 and 9; the protected token is among the first, or chosen where there are none."""
+    torch.manual_seed(8)
+    seen = observation([20])
+    score = torch.rand(1, 2, 20).masked_fill(seen.protected_BHS, float("inf"))
+    got = ProjectedValues(alpha=alpha)(score, torch.tensor([[7, 9]]), seen)
+    assert got.isposinf().sum(-1).tolist() == [first]
+    for h, count in enumerate(first):
+        assert set(got[0, h].topk(count).indices.tolist()) == set(score[0, h].topk(count).indices.tolist())
+    weighed = (score + 1e-4) * projected_norms(seen.v_BHSD, seen.out)
+    rest = got.isfinite()
+    torch.testing.assert_close(got[rest], weighed[rest])
+
+
 def test_options_of_scores_and_budgets_go_together():
     method = build_method("snapkv:preset=tuned,allocator=headkv,beta=7,scores=r,recent=2", IMPORTANCE)
     assert (method.allocator.beta, method.allocator.protected, method.recent) == (7, 6, 2)
