@@ -104,11 +104,40 @@ def reference(
     behind: int,
     window: int,
 ) -> Tensor:
-    """What `window_scores` computes, one KV head at a time, so that memory is B·G·W·S fp32 numbers."""
-    B, _, N, D = q_BWND.shape
-    H, S = k_BHSD.shape[1:3]
+    """What `window_scores` computes, one KV head at a time."""
     exist_B11 = (position_BW >= 0).sum(1).clamp(min=1)[:, None, None]
-    score_BHS = torch.empty(B, H, S, dtype=torch.float32, device=q_BWND.device)
+    score_BHS = torch.empty(k_BHSD.shape[:3], dtype=torch.float32, device=q_BWND.device)
+    for head, weight_BGWS in enumerate(window_weights(q_BWND, k_BHSD, pos_BHS, position_BW, window=window or None)):
+        weight_BGS = weight_BGWS.amax(2) if rows_max else weight_BGWS.sum(2) / exist_B11
+        score_BHS[:, head] = weight_BGS.amax(1) if group_max else weight_BGS.mean(1)
+    padded = F.pad(score_BHS.masked_fill_(protected_BHS, 0.0), (ahead, behind))
+    return F.max_pool1d(padded, ahead + 1 + behind, stride=1)
+
+
+def window_weights(
+    q_BWND: Tensor, k_BHSD: Tensor, pos_BHS: Tensor, position_BW: Tensor, *, window: int | None = None
+) -> Iterator[Tensor]:
+    """Attention weights of W observing queries, for scores that need more of them than `window_scores` gives.
+
+    They come one KV head at a time, so that memory is B·G·W·S fp32 numbers.
+
+    Args:
+        q_BWND: queries of the observation window, after RoPE.
+        k_BHSD: stored keys, after RoPE; those at empty places are not looked at.
+        pos_BHS: int32 absolute positions of the keys; -1 marks an empty place.
+        position_BW: int32 absolute positions of the queries; -1 marks one that does not exist.
+        window: the model's sliding window in tokens, or None.
+
+    Yields:
+        (B, G, W, S) fp32, which the caller may change; a query that sees no key has weights of 0.
+
+    Example:
+        >>> q, k, pos = torch.zeros(1, 2, 1, 4), torch.zeros(1, 1, 2, 4), torch.tensor([[[0, 1]]], dtype=torch.int32)
+        >>> [weight.tolist() for weight in window_weights(q, k, pos, pos[:, 0])]
+        [[[[[1.0, 0.0], [0.5, 0.5]]]]]
+    """
+    N, D = q_BWND.shape[2:]
+    H = k_BHSD.shape[1]
     same_for_all = pos_BHS.stride(1) == 0  # one mask, then
     for head in range(H):
         if head == 0 or not same_for_all:
@@ -116,15 +145,11 @@ def reference(
             seen_BWS = (pos_B1S >= 0) & (pos_B1S <= position_BW[..., None])
             if window:
                 seen_BWS &= pos_B1S > position_BW[..., None] - window
-            blind_B1W1 = ~seen_BWS.any(-1)[:, None, :, None]
-            hidden_B1WS = ~(seen_BWS[:, None] | blind_B1W1)
+            hidden_B1WS, sees_B1W1 = ~seen_BWS[:, None], seen_BWS.any(-1)[:, None, :, None]
         q_BGWD = q_BWND.unflatten(2, (H, N // H))[:, :, head].transpose(1, 2).float() * D**-0.5
-        logit_BGWS = q_BGWD @ k_BHSD[:, head, None].float().transpose(-1, -2)
-        weight_BGWS = logit_BGWS.masked_fill_(hidden_B1WS, float("-inf")).softmax(-1).masked_fill_(blind_B1W1, 0.0)
-        weight_BGS = weight_BGWS.amax(2) if rows_max else weight_BGWS.sum(2) / exist_B11
-        score_BHS[:, head] = weight_BGS.amax(1) if group_max else weight_BGS.mean(1)
-    padded = F.pad(score_BHS.masked_fill_(protected_BHS, 0.0), (ahead, behind))
-    return F.max_pool1d(padded, ahead + 1 + behind, stride=1)
+        logit_BXS = q_BGWD.flatten(1, 2) @ k_BHSD[:, head].float().transpose(-1, -2)  # keys are read once for X = G W
+        logit_BGWS = logit_BXS.unflatten(1, q_BGWD.shape[1:3])
+        yield logit_BGWS.masked_fill_(hidden_B1WS, torch.finfo(torch.float32).min).softmax(-1).mul_(sees_B1W1)
 
 
 @jit

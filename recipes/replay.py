@@ -89,8 +89,14 @@ class _Replay(PromptPass):
     """Takes in a prompt that is the same in all rows, so that it is scored once."""
 
     def scores(self, seen: Observation) -> Tensor:
+        return super().scores(self._first_row(seen)).expand(len(seen.pos_BHS), -1, -1)
+
+    def preference(self, seen: Observation) -> Tensor:
+        return super().preference(self._first_row(seen)).expand(len(seen.pos_BHS))
+
+    def _first_row(self, seen: Observation) -> Observation:
         rows: dict[str, Any] = {name: x[:1] for name, x in vars(seen).items() if isinstance(x, Tensor)}
-        return super().scores(replace(seen, **rows)).expand(len(seen.pos_BHS), -1, -1)
+        return replace(seen, **rows)
 
 
 class Replay:

@@ -137,6 +137,7 @@ def bad_options(place: Path, rng: random.Random) -> Iterator[Case]:
     bad_methods += ["snapkv:allocator=snapkv", "full:allocator=adakv", "adakv:alpha=2", "keydiff:preset=tuned"]
     bad_methods += ["compresskv:heads=0", "snapkv:allocator=compresskv,ceiling=0"]
     bad_methods += ["criticalkv+", "criticalkv+keydiff", "criticalkv:alpha=2", "expected_attention", "snapkv+adakv"]
+    bad_methods += ["cake:pool=4", "cake:tau1=0", "cake:gamma=nan", "snapkv:allocator=cake,window=0"]
     wrong = {
         "--max-new-tokens": count,
         "--max-context": count,
@@ -178,6 +179,7 @@ def bad_budgets(place: Path, rng: random.Random) -> Iterator[Case]:
         ("streaming", 5),
         ("streaming:sinks=9", 10),
         ("adakv", 32),
+        ("cake", 32),
     ):
         for budget in (1, rng.randrange(2, least - 1), least - 1):
             yield Case(asked(good, "--budget", budget, cache=method))

@@ -198,6 +198,7 @@ def test_list_shows_every_choice(run):
     assert ("expected-attention", "expected attention", "uniform", "-", "-") in rows
     assert ("adakv", "window attention", "layer top k", "-", "-") in rows
     assert "projected values" in out
+    assert ("cake", "varying attention", "layer preference", "-", "-") in rows
     assert max(map(len, out.splitlines())) <= 100
 
 

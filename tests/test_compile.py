@@ -23,7 +23,9 @@ def conversation(engine, prompt, turns=3, steps=14):
     return torch.stack(logits)
 
 
-@pytest.mark.parametrize("cache", ["headkv:window=4,recent=4", "adakv:window=4,recent=4", "full", "h2o", "tova"])
+@pytest.mark.parametrize(
+    "cache", ["headkv:window=4,recent=4", "adakv:window=4,recent=4", "cake:window=4,recent=4", "full", "h2o", "tova"]
+)
 @pytest.mark.parametrize("windows", [(None, None, None), (24, 24, 24)], ids=["full", "sliding"])
 def test_one_compilation_serves_everything(cache, windows):
     torch._dynamo.reset()
@@ -69,7 +71,10 @@ def test_a_ragged_batch_compiles_once_too(cache):
         close(conversation(compiled, second), conversation(eager, second))
 
 
-@pytest.mark.parametrize("cache", ["headkv:window=4,recent=4", "adakv:window=4,recent=4", "full", "streaming"])
+CACHES = ["headkv:window=4,recent=4", "adakv:window=4,recent=4", "cake:window=4,recent=4", "full", "streaming"]
+
+
+@pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("windows", [(None, None, None), (24, None, 24)], ids=["full", "sliding"])
 def test_fused_blocks_give_the_numbers_of_plain_ones(cache, windows):
     native.load()

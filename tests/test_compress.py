@@ -12,7 +12,7 @@ from kernels.ragged_compact import ragged_compact
 from layers.budget import parse_budget
 from layers.cache.arena import ArenaCache
 from layers.cache.prompt import PromptPass
-from layers.compress.allocators import HeadImportance, LayerErrors, LayerTopK, Pyramid, Uniform
+from layers.compress.allocators import HeadImportance, LayerErrors, LayerPreference, LayerTopK, Pyramid, Uniform
 from layers.compress.refiners import ProjectedValues, projected_norms
 from layers.compress.scorers import ExpectedAttention, KeyDifference, Observation, WindowAttention
 from layers.linear import Linear
@@ -284,6 +284,92 @@ def test_heads_that_change_places_take_their_share_along(layer, compat, random):
     assert torch.equal(again, shared[:, order])
 
 
+@st.composite
+def competing_layers(draw):
+    """What layers want, have to keep and have, and a total that holds at least what is protected."""
+    L, seed = draw(st.integers(1, 12)), draw(st.integers(0, 2**31))
+    g = torch.Generator().manual_seed(seed)
+    wants = torch.rand(L, generator=g, dtype=torch.float64) ** draw(st.integers(1, 60))
+    least = torch.randint(1, 9, (L,), generator=g)
+    most = least + torch.randint(0, draw(st.sampled_from([1, 30, 1000])), (L,), generator=g)
+    return wants, least, most, int(least.sum()) + draw(st.integers(0, 3000))
+
+
+def spread(allocator, wants, least, most, total):
+    (keep,) = allocator.spread(wants[None], total_B=torch.tensor([total]), least_BL=least[None], most_BL=most[None])
+    return keep
+
+
+@settings(max_examples=300, deadline=None)
+@given(competing_layers(), st.booleans(), st.randoms())
+def test_spread_totals_are_exact(layers, nobody_wants, random):
+    wants, least, most, total = layers
+    wants = wants * (not nobody_wants)
+    keep = spread(LayerPreference(), wants, least, most, total)
+    assert int(keep.sum()) == min(total, int(most.sum()))
+    assert (least <= keep).all() and (keep <= most).all()
+    order = list(range(len(wants)))
+    random.shuffle(order)
+    again = spread(LayerPreference(), wants[order], least[order], most[order], total)
+    if nobody_wants:  # equals among layers are settled by their order
+        assert (again - keep[order]).abs().max() <= 1
+    else:
+        assert torch.equal(again, keep[order])
+
+
+@settings(max_examples=300, deadline=None)
+@given(competing_layers())
+def test_budgets_only_shrink_as_layers_join(layers):
+    """So a cascade keeps what waiting for the last layer keeps, caps or not."""
+    wants, least, most, total = layers
+    last = spread(LayerPreference(), wants, least, most, total)
+    for seen in range(1, len(wants)):
+        left = total - int(least[seen:].sum())
+        assert (last[:seen] <= spread(LayerPreference(), wants[:seen], least[:seen], most[:seen], left) + 1).all()
+
+
+@settings(max_examples=300, deadline=None)
+@given(competing_layers())
+def test_published_spreading_never_exceeds_the_total(layers):
+    wants, least, most, total = layers
+    keep = spread(LayerPreference(compat=True), wants, least, most, total)
+    assert (least <= keep).all() and (keep <= most).all() and int(keep.sum()) <= total
+    free = total - int(least.sum())
+    if ((wants / wants.sum() * free).floor() + 1 < most - least).all():
+        assert int(keep.sum()) == total
+        assert (keep - spread(LayerPreference(), wants, least, most, total)).abs().max() <= 1
+
+
+def test_published_spreading_gives_back_what_a_cascade_has_lost():
+    """Two layers want most of 100 tokens, then a third wants more than there are: its excess is shared equally."""
+    wants = torch.tensor([0.01, 50, 50, 1000], dtype=torch.float64)
+    least, most = torch.zeros(4, dtype=torch.int64), torch.full((4,), 60)
+    budgets = {
+        compat: [spread(LayerPreference(compat=compat), wants[:n], least[:n], most[:n], 100).tolist() for n in (3, 4)]
+        for compat in (True, False)
+    }
+    assert budgets == {True: [[1, 50, 49], [11, 15, 14, 60]], False: [[0, 50, 50], [0, 20, 20, 60]]}
+
+
+def test_preferences_are_those_of_each_row():
+    """Copies of a row, padded or with another row beside it, want the same; a row without new tokens wants nothing."""
+    q, k, lengths = torch.randn(3, 12, 4, 8), torch.randn(3, 2, 12, 8), torch.tensor([12, 7, 0])
+    pos = torch.arange(12, dtype=torch.int32).expand(3, 12).clone()
+    pos[pos >= lengths[:, None]] = -1
+
+    def wants(rows, tokens):
+        pos_BHS = pos[rows, None, :tokens].expand(-1, 2, -1)
+        protected_BHS = pos_BHS >= lengths[rows, None, None] - 2
+        held = {"k_BHSD": k[rows, :, :tokens], "v_BHSD": k[rows, :, :tokens], "pos_BHS": pos_BHS}
+        new = {"q_BTND": q[rows, :tokens], "position_BT": pos[rows, :tokens], "protected_BHS": protected_BHS}
+        seen = Observation(**held, **new, sliding=None, layer=0)
+        return LayerPreference(window=4, tau1=0.5).preference(seen)
+
+    together = wants([0, 1, 2], 12)
+    torch.testing.assert_close(together[:2], torch.cat((wants([0], 12), wants([1], 7))), rtol=1e-5, atol=0)
+    assert together[0] > 0 and together[2] == 0
+
+
 def test_a_layer_without_a_safeguard_keeps_its_best_tokens():
     score = torch.tensor([[[0.9, 0.8, 0.7, math.inf], [0.1, 0.2, 0.3, math.inf]]])
     keep, filled = torch.tensor([[3, 3]]), torch.ones(1, 2, 4, dtype=torch.bool)
@@ -394,9 +480,13 @@ def test_methods_build_and_describe_themselves(name):
 
 
 @pytest.mark.parametrize("allocator", allocator_names())
-@pytest.mark.parametrize("name", [name for name in method_names() if name not in ("full", "criticalkv")])
+@pytest.mark.parametrize("name", [name for name in method_names() if name not in ("full", "criticalkv", "tova")])
 def test_any_scores_go_with_any_budgets(name, allocator):
     spec = f"{name}:allocator={allocator}"
+    if (name, allocator) == ("h2o", "cake"):
+        with pytest.raises(ValueError, match="needs each layer's budget at once"):
+            build_method(spec, IMPORTANCE)
+        return
     method, plain = build_method(spec, IMPORTANCE), build_method(name, IMPORTANCE)
     assert method.scorer == plain.scorer and method.protected == plain.protected
     source = build_method("snapkv" if allocator == "uniform" else allocator, IMPORTANCE)
@@ -405,7 +495,10 @@ def test_any_scores_go_with_any_budgets(name, allocator):
     assert needs_importance(spec) == (allocator.startswith(("headkv", "compresskv")) or name == "compresskv")
     if allocator == name:
         assert repr(method) == repr(plain)
-    if name not in ("streaming", "keydiff"):
+    if allocator == "cake":
+        with pytest.raises(ValueError, match="needs each layer's budget at once|does not score by attention"):
+            build_method(f"criticalkv+{spec}", IMPORTANCE)
+    elif name not in ("streaming", "keydiff"):
         changed = build_method(f"criticalkv:alpha=0.3+{spec}", IMPORTANCE)
         assert changed.refine == ProjectedValues(alpha=0.3) and changed.name == f"criticalkv+{name}"
         assert repr(
@@ -583,6 +676,14 @@ def test_a_calibration_without_what_a_method_needs_says_what_makes_it(spec, miss
         ("adakv:alpha=nan", "alpha must be between 0 and 1"),
         ("pyramidkv:beta=0.5", "beta must be at least 1"),
         ("keydiff:recent=0", "recent at least 1"),
+        ("cake:window=0", "window must be at least 1"),
+        ("cake:gamma=-1", "gamma at least 0"),
+        ("cake:gamma=inf", "finite"),
+        ("cake:pool=4", "pool odd"),
+        ("cake:tau1=0", "tau1 and tau2 must be at least 0.1"),
+        ("snapkv:allocator=cake,tau2=nan", "tau1 and tau2 must be at least 0.1"),
+        ("cake:cascade=no", "cascade takes bool"),
+        ("cake:preset=tuned", "no option 'preset=tuned'"),
     ],
 )
 def test_wrong_methods_are_explained(spec, message):

@@ -90,6 +90,74 @@ def compresskv_scores(turn, setting, protected, semantic):
     return [[setting["group"]([vote.get(j, 0.0) for vote in by_place]) for j in places] for places in turn.candidates]
 
 
+def window_rows(turn, h, W):
+    """A of the last W queries over the candidates, per query head of the group."""
+    places, rows = turn.candidates[h], range(max(turn.first, turn.end - W), turn.end)
+    of_heads = []
+    for head in range(h * turn.G, (h + 1) * turn.G):
+        seen = [[j for j in places if j <= i] for i in rows]
+        weights = [attention(turn.q[i][head], [turn.k[j][h] for j in js]) for i, js in zip(rows, seen, strict=True)]
+        of_heads.append([w + [0.0] * (len(places) - len(w)) for w in weights])
+    return of_heads
+
+
+def variance(numbers):
+    return sum((x - mean(numbers)) ** 2 for x in numbers) / (len(numbers) - 1) if len(numbers) > 1 else 0.0
+
+
+def cake_scores(turn, h, setting, protected):
+    """CAKE: mean + gamma Var of what a token gets, averaged over 5 neighbours (0 beyond the ends) and the group."""
+    places, of_heads = turn.candidates[h], []
+    for rows in window_rows(turn, h, setting["window"]):
+        columns = list(zip(*rows, strict=True))
+        votes = [mean(c) + setting["gamma"] * variance(c) for c in columns]
+        votes = [0.0, 0.0, *(0.0 if j in protected else x for j, x in zip(places, votes, strict=True)), 0.0, 0.0]
+        of_heads.append([sum(votes[c : c + 5]) / 5 for c in range(len(places))])
+    return [mean([of_head[c] for of_head in of_heads]) for c in range(len(places))]
+
+
+def cake_preference(turn, W, protected, tau1, tau2):
+    """P = H^(1/tau1) V^(1/tau2), from the attention to tokens that are not protected."""
+    dispersion = shift = 0.0
+    for h in range(H):
+        for rows in window_rows(turn, h, W):
+            for j, column in zip(turn.candidates[h], zip(*rows, strict=True), strict=True):
+                if j not in protected:
+                    dispersion -= sum(a * math.log(a) for a in column if a > 0)
+                    shift += variance(column)
+    return dispersion ** (1 / tau1) * shift ** (1 / tau2)
+
+
+def cake(wants, least, most, total):
+    """min(cap, x P) beyond the protected tokens; x is found by halving, then largest remainder."""
+    free, caps = total - sum(least), [b - a for a, b in zip(least, most, strict=True)]
+    if free >= sum(caps):
+        return most
+    wants = wants if sum(wants) > 0 else [1.0] * len(wants)
+    low, high = 0.0, 1e3 * free / min(p for p in wants if p > 0)
+    for _ in range(200):
+        x = (low + high) / 2
+        low, high = (x, high) if sum(min(c, x * p) for c, p in zip(caps, wants, strict=True)) < free else (low, x)
+    shares = [min(c, x * p) for c, p in zip(caps, wants, strict=True)]
+    return [a + b for a, b in zip(least, rounded(shares, free), strict=True)]
+
+
+def cake_code(wants, least, most, total):
+    """The published code: whole parts, one equal round for what is beyond the cap, one for what is missing."""
+    free, caps = total - sum(least), [b - a for a, b in zip(least, most, strict=True)]
+    if free >= sum(caps):
+        return most
+    parts = [int(p / sum(wants) * free) for p in wants]
+    over = sum(max(0, n - c) for n, c in zip(parts, caps, strict=True))
+    parts = [min(n, c) for n, c in zip(parts, caps, strict=True)]
+    below = [layer for layer, n in enumerate(parts) if n < caps[layer]]
+    for rank, layer in enumerate(below):
+        parts[layer] += over // len(below) + (rank < over % len(below))
+    missing = free - sum(parts)
+    parts = [n + missing // len(parts) + (layer < missing % len(parts)) for layer, n in enumerate(parts)]
+    return [a + min(n, c) for a, n, c in zip(least, parts, caps, strict=True)]
+
+
 def keydiff_scores(turn, h):
     """KeyDiff: minus the cosine between a key and the mean of the normalised keys."""
     unit = [[x / math.sqrt(dot(k, k)) for x in k] for k in (turn.k[j][h] for j in turn.candidates[h])]
@@ -305,6 +373,13 @@ def expected(choose=per_head, **options):
 
 SHARED = published(8) | {"pool": mean, "ahead": 2, "behind": 2, "voters": 4}
 
+
+def spread(rule, W, tau1=1.0, tau2=1.0):
+    """All layers are looked at before any of them is cut."""
+    return {"rule": rule, "window": W, "taus": (tau1, tau2)}
+
+
+CAKE = {"window": 32, "gamma": 200.0, "sinks": 0, "recent": 32}
 ORACLES = {
     "full": {"scores": "position", "sinks": 0, "recent": 1, "budgets": uniform, "choose": per_head, "ring": False},
     "streaming": {"scores": "position", "sinks": 4, "recent": 1, "budgets": uniform, "choose": per_head, "ring": True},
@@ -328,6 +403,13 @@ ORACLES = {
     "compresskv:preset=tuned,allocator=adakv": window(TUNED | {"voters": 4}, choose=flat()),
     "snapkv:preset=tuned,allocator=compresskv,floor=5": window(TUNED, compresskv(5)),
     "keydiff": {"scores": "keydiff", "sinks": 0, "recent": 1, "budgets": uniform, "choose": per_head, "ring": False},
+    "cake": window(CAKE) | {"spread": spread(cake, 32)},
+    "cake:cascade=false": window(CAKE) | {"spread": spread(cake, 32)},
+    "cake:window=8,recent=8,tau1=1.6,tau2=0.4": window(CAKE | {"window": 8, "recent": 8})
+    | {"spread": spread(cake, 8, 1.6, 0.4)},
+    "cake:window=8,recent=8,compat=true,cascade=false": window(CAKE | {"window": 8, "recent": 8})
+    | {"spread": spread(cake_code, 8)},
+    "snapkv:preset=tuned,allocator=cake": window(TUNED) | {"spread": spread(cake, 32)},
     "snapkv:preset=tuned,allocator=headkv,beta=1.01": window(TUNED, headkv(1.01)),
     "headkv:allocator=uniform": window(TUNED),
     "h2o": {"evicts": "sums", "recent_share": 0.5},
@@ -365,10 +447,13 @@ class Turn:
         self.first, self.end, self.G = first, end, len(q[0]) // H
         self.candidates = [[*sorted(head), *range(first, end)] for head in held]
 
-    def keep(self, oracle, layer, budget, importance):
+    def protected(self, oracle):
         setting = oracle["scores"] if isinstance(oracle["scores"], dict) else oracle
-        sinks, recent = setting["sinks"], setting["recent"]
-        protected = {*range(sinks), *range(self.end - recent, self.end)}
+        return {*range(setting["sinks"]), *range(self.end - setting["recent"], self.end)}
+
+    def keep(self, oracle, layer, budget, importance, spread_budgets):
+        setting = oracle["scores"] if isinstance(oracle["scores"], dict) else oracle
+        sinks, recent, protected = setting["sinks"], setting["recent"], self.protected(oracle)
         if oracle["scores"] == "position":
             scores = [[float(j) for j in places] for places in self.candidates]
         elif oracle["scores"] == "keydiff":
@@ -377,9 +462,11 @@ class Turn:
             scores = compresskv_scores(self, setting, protected, importance["semantic"][layer])
         elif oracle["scores"] == "expected":
             scores = [expected_scores(self, h, **oracle["options"]) for h in range(H)]
+        elif "gamma" in setting:
+            scores = [cake_scores(self, h, setting, protected) for h in range(H)]
         else:
             scores = [window_scores(self, h, setting, protected) for h in range(H)]
-        budgets = oracle["budgets"](self.end, budget, sinks + recent, importance)[layer]
+        budgets = (spread_budgets or oracle["budgets"](self.end, budget, sinks + recent, importance))[layer]
         numbers = {"tokens": budget, "protected": sinks + recent}
         return oracle["choose"](self, budgets, scores, protected, numbers)
 
@@ -399,13 +486,28 @@ class Loop:
     def take_in(self, lengths):
         for row in self.rows:
             first, end = self.seen[row], self.seen[row] + lengths[row]
+            turns = []
             for layer in range(L):
                 tensors = (x[layer][row] for x in (self.q, self.k, self.v))
-                turn = Turn(*tensors, self.outputs[layer], self.frequencies[row], self.held[layer][row], first, end)
-                self.held[layer][row] = turn.keep(self.oracle, layer, self.budget, self.importance)
+                turns.append(
+                    Turn(*tensors, self.outputs[layer], self.frequencies[row], self.held[layer][row], first, end)
+                )
+            budgets = self.spread(turns)
+            for layer, turn in enumerate(turns):
+                self.held[layer][row] = turn.keep(self.oracle, layer, self.budget, self.importance, budgets)
             self.seen[row] = end
         self.kept = [[[list(head) for head in row] for row in layer] for layer in self.held]
         self.generated = 0
+
+    def spread(self, turns):
+        """Budgets of all layers where they compete for one total; the heads of a layer hold equally many tokens."""
+        if (how := self.oracle.get("spread")) is None:
+            return None
+        protected = turns[0].protected(self.oracle)
+        wants = [cake_preference(turn, how["window"], protected, *how["taus"]) for turn in turns]
+        least = [len(protected & {*turn.candidates[0]}) for turn in turns]
+        most = [len(turn.candidates[0]) for turn in turns]
+        return [[n] * H for n in how["rule"](wants, least, most, min(self.budget, turns[0].end) * L)]
 
     def store(self):
         """A generated token; beyond the room, the oldest generated one goes, or the oldest that is no sink."""

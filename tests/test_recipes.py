@@ -242,6 +242,8 @@ SPECS = [
     "criticalkv+snapkv:preset=tuned",
     "criticalkv:alpha=0.2+adakv:preset=tuned",
     "expected-attention",
+    "cake:window=8,recent=8",
+    "cake:window=8,recent=8,cascade=false,compat=true",
 ]
 
 

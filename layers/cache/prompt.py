@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from kernels.ragged_compact import ragged_compact
 from kernels.ragged_prefill import ragged_prefill
 from layers.cache.arena import ArenaCache
+from layers.cache.staging import Candidates, Staging
 from layers.compress.scorers import Observation
 from layers.linear import Linear
 from layers.methods.base import Method
@@ -20,13 +22,14 @@ class PromptPass:
 
     The first chunk of a conversation attends to itself only. A later one attends to what earlier ones left; afterwards
     every head again holds at most its share of everything seen. Peak memory is the arena and one layer's dense keys and
-    values, and a copy of the arena where regions move.
+    values, and a copy of the arena where regions move. Where layers compete for the model's total, nothing is laid out
+    or written before the last layer has been seen; until then what layers may still come to keep is staged.
 
     Args:
         cache: the arena; laid out anew here.
         method: scores tokens and says which are protected.
         keep_BLH: int, on the host; tokens that each KV head may keep of everything seen. Where the method's allocator
-            shares layers out, what counts is the sum of each layer.
+            shares layers out, what counts is the sum of each layer, and where it spreads, the sum of all.
         room: per row, slots of each KV head for generated tokens.
         new_tokens: per row, how many of the chunk's T tokens are real; the rest is padding on the right.
         outputs: the layers' output projections in turn, for methods that look at them.
@@ -71,17 +74,21 @@ class PromptPass:
         self._past_next_slot = cache.next_slot.clone()
         self._adds = method.evict is not None and method.evict.accumulate
         self._past_stat = cache.stat.clone() if self._adds and cache.stat is not None else None
-        tokens = len(self._past_C) + len(new_T)
-        most_B = method.most(keep_BLH, tokens)
-        self._max_keep = min(int(most_B.max()), tokens)
-        cache.lay_out(keep_BLH, room, most_B=most_B)
-        # A layer's past is copied before anything of the layer is written, so only layers that move are in danger.
-        if len(self._past_C) and not torch.equal(self._past_offset[..., 0], cache.offset[..., 0]):
-            self._past_k, self._past_v = cache.k.clone(), cache.v.clone()
-        cache.pos.fill_(-1)
-        self._keep_BLH = keep_BLH.to(device)
+        self._keep_BLH, self._room, self._tokens = keep_BLH.to(device), room, len(self._past_C) + len(new_T)
+        self._staging = Staging(method.spreading, keep_BLH) if method.spreading else None
+        if self._staging is None:
+            self._lay_out(keep_BLH, method.most(keep_BLH, self._tokens))
+            # A layer's past is copied before anything of the layer is written, so only layers that move are in danger.
+            if len(self._past_C) and not torch.equal(self._past_offset[..., 0], cache.offset[..., 0]):
+                self._past_k, self._past_v = cache.k.clone(), cache.v.clone()
         self._outputs, self._frequencies_Bd = iter(outputs), frequencies_Bd
         self._layer = 0
+
+    def _lay_out(self, keep_BLH: Tensor, most_B: Tensor) -> None:
+        self.cache.lay_out(keep_BLH, self._room, most_B=most_B)
+        self.cache.pos.fill_(-1)
+        self._max_keep = min(int(most_B.max()), self._tokens)
+        self._keep_BLH = keep_BLH.to(self.cache.k.device)
 
     def attend(self, layer_1: Tensor, q_BTND: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, window: int | None) -> Tensor:
         """Attend, then keep the layer's share; see `layers.cache.base.KVCache`."""
@@ -120,39 +127,57 @@ class PromptPass:
         self._layer += 1
         worth_BHS = self.scores(seen)
         score_BHS = worth_BHS.masked_fill(seen.protected_BHS, float("inf"))
+        tokens = Candidates(k_BHSD=k_BHSD, v_BHSD=v_BHSD, pos_BHS=pos_BHS, score_BHS=score_BHS)
+        if self._staging is not None:
+            self._staging.add(layer_1, tokens, protected_BHS=seen.protected_BHS, preference_B=self.preference(seen))
+            return
         if (sharing := self.method.sharing) is not None:
             laid_out_BH, keep_BH = keep_BH, sharing.share(keep_BH, score_BHS, pos_BHS >= 0)
             if self.method.evict is not None:  # what a short prompt leaves is room to grow
                 keep_BH = keep_BH + (laid_out_BH - keep_BH).sum(1, keepdim=True) // keep_BH.shape[1]
             self.cache.share_out(layer_1, laid_out_BH, keep_BH)
         if self.method.refine is not None:
-            score_BHS = self.method.refine(score_BHS, keep_BH, seen)
-        offset_BH = self.cache.offset.index_select(1, layer_1).squeeze(1)
-        kept_BH = ragged_compact(
-            self.cache.k,
-            self.cache.v,
-            self.cache.pos,
-            offset_BH,
-            keep_BH,
-            self._max_keep,
-            k_BHSD,
-            v_BHSD,
-            pos_BHS,
-            score_BHS,
-        )
-        self.cache.kept.index_copy_(1, layer_1, kept_BH[:, None])
+            tokens = replace(tokens, score_BHS=self.method.refine(score_BHS, keep_BH, seen))
+        self._write(layer_1, keep_BH, tokens)
         if self._adds and self.cache.stat is not None:  # sums go where their tokens go
             stat, worth_BHS1 = self.cache.stat[..., None], worth_BHS[..., None]
-            moved = stat, stat, self.cache.pos, offset_BH, keep_BH, self._max_keep, worth_BHS1, worth_BHS1
-            ragged_compact(*moved, pos_BHS, score_BHS)
+            self._compact(layer_1, keep_BH, tokens, (stat, stat), (worth_BHS1, worth_BHS1))
+
+    def _write(self, layer_1: Tensor, keep_BH: Tensor, tokens: Candidates) -> None:
+        """Store the best of a layer's tokens in its regions."""
+        arena, dense = (self.cache.k, self.cache.v), (tokens.k_BHSD, tokens.v_BHSD)
+        kept_BH = self._compact(layer_1, keep_BH, tokens, arena, dense)
+        self.cache.kept.index_copy_(1, layer_1, kept_BH[:, None])
+
+    def _compact(
+        self,
+        layer_1: Tensor,
+        keep_BH: Tensor,
+        tokens: Candidates,
+        arena: tuple[Tensor, Tensor],
+        dense: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        offset_BH = self.cache.offset.index_select(1, layer_1).squeeze(1)
+        places = self.cache.pos, offset_BH, keep_BH
+        return ragged_compact(*arena, *places, self._max_keep, *dense, tokens.pos_BHS, tokens.score_BHS)
 
     def scores(self, seen: Observation) -> Tensor:
         """How much each token of a layer matters, (B, H, S); what it says of protected tokens does not matter."""
         return self.method.scorer(seen)
 
+    def preference(self, seen: Observation) -> Tensor:
+        """How much a layer wants of the model's total, (B,); asked of allocators that spread it."""
+        assert self.method.spreading is not None
+        return self.method.spreading.preference(seen)
+
     def finish(self) -> None:
         """Make the cache ready to decode, once every layer has attended."""
         cache, sinks = self.cache, self.method.sinks
+        if self._staging is not None:
+            keep_BLH = self._staging.budgets()
+            self._lay_out(keep_BLH, keep_BLH.amax((1, 2)))
+            for layer_1, tokens in self._staging.layers():
+                self._write(layer_1, self._keep_BLH.index_select(1, layer_1).squeeze(1), tokens)
         cache.ring_start.copy_(cache.kept.clamp(max=sinks) if self.method.ring_over_prompt else cache.kept)
         cache.position += self.new_B
         cache.begin_answer()

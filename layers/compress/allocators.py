@@ -8,11 +8,14 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from layers.compress.scorers import Observation
+
 
 class Allocator(Protocol):
     """Turns a mean budget into one integer per (layer, KV head), on the host, before scores are known.
 
-    That is all for most methods. A `SharingAllocator` looks at each layer's scores as well.
+    That is all for most methods. A `SharingAllocator` looks at each layer's scores as well, a `SpreadingAllocator` at
+    what all layers show of the prompt.
     """
 
     def __call__(self, *, budget: int, prompt: int, num_layers: int, num_kv_heads: int) -> Tensor:
@@ -52,6 +55,47 @@ class SharingAllocator(Allocator, Protocol):
         Returns:
             (B, H) int64, each at least 1 and at most the tokens that the head has, per row at most `keep_BH.sum(1)`,
             and as many unless there are fewer tokens.
+        """
+        ...
+
+
+@runtime_checkable
+class SpreadingAllocator(Allocator, Protocol):
+    """An allocator with a second stage: once layers have shown a prompt, it spreads the model's total over them.
+
+    The first stage fixes the total of a row. Decisions are made on the host, which waits for every layer's preference
+    while a prompt is taken in, and never while decoding. All heads of a layer keep the same number.
+    """
+
+    @property
+    def cascade(self) -> bool:
+        """Whether layers are cut as soon as later ones claim their part, rather than when all have been seen."""
+        ...
+
+    def preference(self, seen: Observation) -> Tensor:
+        """How much a layer wants.
+
+        Args:
+            seen: the layer's tokens.
+
+        Returns:
+            (B,) float64, >= 0, of each row by itself; 0 where a row has no new token.
+        """
+        ...
+
+    def spread(self, preference_BL: Tensor, *, total_B: Tensor, least_BL: Tensor, most_BL: Tensor) -> Tensor:
+        """Spread what there is over the layers seen so far. Everything is on the host.
+
+        When further layers join, no budget may grow by more than one token: it was cut by what it got before.
+
+        Args:
+            preference_BL: float64, of as many layers as have been seen.
+            total_B: int64, tokens for one KV head of each of these layers together.
+            least_BL: int64, tokens per head that are protected, in all no more than the total.
+            most_BL: int64, tokens per head that there are, at least as many.
+
+        Returns:
+            (B, L) int64, each from `least_BL` to `most_BL`, per row as many as the total unless there are fewer tokens.
         """
         ...
 
@@ -337,7 +381,94 @@ class LayerTopK:
         return torch.where(fits_B1, held_BH, torch.minimum(mixed_BH, held_BH))
 
 
-def water_fill(wanted: Tensor, weight: Tensor, ceiling: float) -> Tensor:
+@dataclass(frozen=True, kw_only=True)
+class LayerPreference:
+    """CAKE's allocation: the same for all heads of a layer, more for layers with dispersed and shifting attention.
+
+    The preference of a layer is P = H^(1/tau1) V^(1/tau2). H = -sum A ln A and V = sum_j Var_i A_ij go over the
+    attention A of the last queries i to all tokens j that are not protected, of all query heads. Beyond its protected
+    tokens a layer gets a part of the model's total in proportion to P, at most the tokens there are; what it cannot use
+    goes to the others in proportion to theirs. So every budget is min(cap, x P) with one x for all layers, which only
+    falls as layers join: cutting layers early changes nothing. Totals are exact (largest remainder).
+
+    Args:
+        window: last queries that observe, >= 1.
+        tau1: temperature of the dispersion, >= 0.1; larger makes layers more equal.
+        tau2: temperature of the shift, >= 0.1.
+        cascade: cut layers as soon as later ones claim their part; otherwise everything is held until the last layer.
+        compat: the published code's arithmetic: parts are cut to whole tokens, what is beyond the cap is shared equally
+            in a single round, and so is what is missing in the end. A layer may be left with more than there is, and
+            one that was cut may be given back what it has lost: then fewer tokens are kept than the total.
+
+    Raises:
+        ValueError: the window or a temperature is too small.
+
+    Source:
+        Qin et al., CAKE, ICLR 2025.
+
+    Example:
+        >>> spreading, one = LayerPreference(), torch.ones(1, 3, dtype=torch.int64)
+        >>> wants = torch.tensor([[6.0, 3.0, 1.0]], dtype=torch.float64)
+        >>> spreading.spread(wants, total_B=torch.tensor([23]), least_BL=one, most_BL=11 * one).tolist()
+        [[11, 9, 3]]
+    """
+
+    window: int = 32
+    tau1: float = 1.0
+    tau2: float = 1.0
+    cascade: bool = True
+    compat: bool = False
+
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise ValueError(f"window must be at least 1, not {self.window}")
+        if not (self.tau1 >= 0.1 and self.tau2 >= 0.1):
+            raise ValueError(f"tau1 and tau2 must be at least 0.1, not {self.tau1} and {self.tau2}")
+
+    def __call__(self, *, budget: int, prompt: int, num_layers: int, num_kv_heads: int) -> Tensor:
+        """Give every head the same: only the total counts."""
+        return Uniform()(budget=budget, prompt=prompt, num_layers=num_layers, num_kv_heads=num_kv_heads)
+
+    def surplus(self, *, num_layers: int, num_kv_heads: int) -> int:
+        """None, nor with published rounding, which gives out too little."""
+        return 0
+
+    def preference(self, seen: Observation) -> Tensor:
+        """Dispersion and shift of the layer's attention."""
+        moments, group = seen.moments(self.window), seen.q_BTND.shape[2] // seen.k_BHSD.shape[1]
+        entropy_BHS, variance_BHS = (
+            x_BHS.masked_fill(seen.protected_BHS, 0) for x_BHS in (moments.entropy_BHS, moments.variance_BHS)
+        )
+        # The powers would leave fp32's range.
+        dispersion_B, shift_B = (group * x.sum((1, 2), dtype=torch.float64) for x in (entropy_BHS, variance_BHS))
+        return dispersion_B ** (1 / self.tau1) * shift_B ** (1 / self.tau2)
+
+    def spread(self, preference_BL: Tensor, *, total_B: Tensor, least_BL: Tensor, most_BL: Tensor) -> Tensor:
+        """Spread a total over layers."""
+        rows = zip(preference_BL, total_B.tolist(), least_BL, most_BL, strict=True)
+        return torch.stack([self._spread_row(*row) for row in rows])
+
+    def _spread_row(self, preference_L: Tensor, total: int, least_L: Tensor, most_L: Tensor) -> Tensor:
+        free, ceiling_L = total - int(least_L.sum()), most_L - least_L
+        if free >= int(ceiling_L.sum()):
+            return most_L
+        weight_L = preference_L if preference_L.sum() > 0 else torch.ones_like(preference_L)
+        wanted_L = weight_L / weight_L.sum() * free
+        if not self.compat:
+            return least_L + largest_remainder(water_fill(wanted_L, weight_L, ceiling_L), free)
+        share_L = wanted_L.long().minimum(ceiling_L)
+        has_room_L = share_L < ceiling_L
+        share_L[has_room_L] += _evenly(int((wanted_L.long() - share_L).sum()), int(has_room_L.sum()))
+        share_L += _evenly(free - int(share_L.sum()), len(share_L))
+        return least_L + share_L.minimum(ceiling_L)
+
+
+def _evenly(total: int, parts: int) -> Tensor:
+    """A total in equal whole parts, the first ones larger by 1 where it does not divide."""
+    return total // parts + (torch.arange(parts) < total % parts).long()
+
+
+def water_fill(wanted: Tensor, weight: Tensor, ceiling: float | Tensor) -> Tensor:
     """Cap shares at a ceiling and hand the excess to the rest in proportion to their weights.
 
     When every weight left is zero the excess is shared equally.
@@ -345,7 +476,7 @@ def water_fill(wanted: Tensor, weight: Tensor, ceiling: float) -> Tensor:
     Args:
         wanted: (n,) float64 shares, >= 0.
         weight: (n,) float64, >= 0.
-        ceiling: largest share; the total must fit: wanted.sum() <= n * ceiling.
+        ceiling: largest share, of all or (n,) of each; the total must fit: wanted.sum() <= n * ceiling.
 
     Returns:
         (n,) float64 with the same sum, none above the ceiling.
@@ -355,9 +486,10 @@ def water_fill(wanted: Tensor, weight: Tensor, ceiling: float) -> Tensor:
         [6.0, 4.0, 2.0]
     """
     share = wanted.clone()
-    while (excess := (share - ceiling).clamp(min=0).sum()) > 1e-9:
-        share = share.clamp(max=ceiling)
-        is_open = share < ceiling
+    most = torch.as_tensor(ceiling, dtype=share.dtype)
+    while (excess := (share - most).clamp(min=0).sum()) > 1e-9:
+        share = share.minimum(most)
+        is_open = share < most
         open_weight = weight * is_open if (weight * is_open).sum() > 0 else is_open.double()
         share = share + excess * open_weight / open_weight.sum()
     return share

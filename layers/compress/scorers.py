@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.rope import apply_rope
-from kernels.window_scores import window_scores
+from kernels.window_scores import window_scores, window_weights
 from layers.linear import Linear
+
+_TINY = 1e-10  # 0 ln 0 is 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moments:
+    """How the last queries attend to each token: averages over the query heads that share a KV head.
+
+    Args:
+        mean_BHS: weight A, averaged over the queries.
+        variance_BHS: unbiased variance of the weight from query to query; 0 for a single query.
+        entropy_BHS: -A ln A, summed over the queries.
+    """
+
+    mean_BHS: Tensor
+    variance_BHS: Tensor
+    entropy_BHS: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +67,7 @@ class Observation:
     out: Linear | None = None
     frequencies_Bd: Tensor | None = None
     sums_BHS: Tensor | None = None
+    _moments: dict[int, Moments] = field(default_factory=dict, init=False, repr=False)
 
     def last(self, window: int) -> tuple[Tensor, Tensor]:
         """The last new queries of every row, fewer if there are fewer.
@@ -66,6 +85,26 @@ class Observation:
         row_B1 = torch.arange(rows, device=new_B1.device)[:, None]
         position_BW = self.position_BT.gather(1, index_BW.clamp(min=0)).masked_fill(index_BW < 0, -1)
         return self.q_BTND[row_B1, index_BW.clamp(min=0)], position_BW
+
+    def moments(self, window: int) -> Moments:
+        """How the last queries attend; computed once, for scores and budgets may both ask.
+
+        Args:
+            window: how many queries, W.
+        """
+        if window not in self._moments:
+            q_BWND, position_BW = self.last(window)
+            queries_B11 = (position_BW >= 0).sum(1)[:, None, None]
+            heads = []
+            for weight_BGWS in window_weights(q_BWND, self.k_BHSD, self.pos_BHS, position_BW, window=self.sliding):
+                mean_BGS = weight_BGWS.sum(2) / queries_B11.clamp(min=1)
+                off_BGS = weight_BGWS.square().sum(2) - queries_B11 * mean_BGS.square()
+                variance_BGS = off_BGS.clamp(min=0) / (queries_B11 - 1).clamp(min=1)
+                entropy_BGS = -((weight_BGWS + _TINY).log() * weight_BGWS).sum(2)
+                heads.append([x_BGS.mean(1) for x_BGS in (mean_BGS, variance_BGS, entropy_BGS)])
+            mean_BHS, variance_BHS, entropy_BHS = (torch.stack(x, dim=1) for x in zip(*heads, strict=True))
+            self._moments[window] = Moments(mean_BHS=mean_BHS, variance_BHS=variance_BHS, entropy_BHS=entropy_BHS)
+        return self._moments[window]
 
 
 class Scorer(Protocol):
@@ -216,6 +255,45 @@ class AttentionSums:
 
 _WEIGHTS = 2**18
 """How many weights of a row and KV head `AttentionSums` holds at a time: 1 MiB, which a processor's cache takes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaryingAttention:
+    """Attention from the observation window and how much it varies there, averaged over neighbours.
+
+    Args:
+        window: queries that observe, >= 1.
+        gamma: weight of the variance, >= 0.
+        pool: tokens over which scores are averaged, odd; places beyond either end count as 0.
+
+    Raises:
+        ValueError: one of them is out of range.
+
+    Source:
+        Qin et al., CAKE, ICLR 2025, equation of the eviction indicator.
+
+    Example:
+        >>> k, pos = torch.tensor([9.0, 0, 0]).view(1, 1, 3, 1), torch.arange(3, dtype=torch.int32).view(1, 1, 3)
+        >>> q = torch.tensor([0.0, 1.0]).view(1, 2, 1, 1)  # the second query looks at the first token alone
+        >>> new = {"q_BTND": q, "position_BT": pos[0, :, 1:], "protected_BHS": pos >= 2}
+        >>> seen = Observation(k_BHSD=k, v_BHSD=k, pos_BHS=pos, sliding=None, layer=0, **new)
+        >>> [VaryingAttention(window=2, gamma=gamma, pool=1)(seen)[0, 0, 0].item() for gamma in (0, 8)]  # mean, .75
+        [0.749..., 1.748...]
+    """
+
+    window: int
+    gamma: float = 200.0
+    pool: int = 5
+
+    def __post_init__(self) -> None:
+        if self.window < 1 or not 0 <= self.gamma < float("inf") or self.pool < 1 or self.pool % 2 == 0:
+            raise ValueError(f"window must be at least 1, gamma at least 0 and finite, pool odd: {self}")
+
+    def __call__(self, seen: Observation) -> Tensor:
+        """Score by attention and its variance."""
+        moments = seen.moments(self.window)
+        score_BHS = (moments.mean_BHS + self.gamma * moments.variance_BHS).masked_fill(seen.protected_BHS, 0.0)
+        return F.avg_pool1d(score_BHS, self.pool, stride=1, padding=self.pool // 2)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def allocator_names() -> list[str]:
 
     Example:
         >>> allocator_names()
-        ['adakv', 'compresskv', 'headkv', 'headkv-r2', 'pyramidkv', 'uniform']
+        ['adakv', 'cake', 'compresskv', 'headkv', 'headkv-r2', 'pyramidkv', 'uniform']
     """
     return sorted(["uniform", *(name for name in method_names() if hasattr(_module(name), "allocate"))])
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from layers.compress.allocators import Allocator, SharingAllocator, Uniform
+from layers.compress.allocators import Allocator, SharingAllocator, SpreadingAllocator, Uniform
 from layers.compress.decode_rules import ReplaceWorst
 from layers.compress.refiners import Refiner
 from layers.compress.scorers import Scorer
@@ -57,6 +57,11 @@ class Method:
             )
         if self.evict is not None and self.evict.heads == "layer" and not isinstance(self.allocator, Uniform):
             raise ValueError(f"{self.name} keeps one set of tokens for all heads of a layer: its budgets must be equal")
+        if self.spreading is not None and (self.evict is not None or self.refine is not None):
+            raise ValueError(
+                f"{self.name} needs each layer's budget at once, and layers that compete for the model's total have one "
+                "only at the end: choose another allocator"
+            )
 
     @property
     def protected(self) -> int:
@@ -67,6 +72,11 @@ class Method:
     def sharing(self) -> SharingAllocator | None:
         """The allocator, if it shares layers out once their scores are known."""
         return self.allocator if isinstance(self.allocator, SharingAllocator) else None
+
+    @property
+    def spreading(self) -> SpreadingAllocator | None:
+        """The allocator, if it spreads the model's total over the layers once they have shown a prompt."""
+        return self.allocator if isinstance(self.allocator, SpreadingAllocator) else None
 
     def shares(self, *, budget: int, prompt: int, num_layers: int, num_kv_heads: int) -> Tensor:
         """(L, H) tokens that each KV head may hold, on the host; see `Allocator`.
@@ -111,6 +121,9 @@ class Method:
     def most(self, keep: Tensor, prompt: int) -> Tensor:
         """The most tokens that any head may come to keep, known before any score is.
 
+        Where layers compete for the model's total, it is a guess: four times the mean. The arena learns of more when it
+        is laid out.
+
         Args:
             keep: (..., L, H) int on the host, what the allocator gave.
             prompt: tokens that there are at most; where decoding evicts, more will come.
@@ -124,6 +137,8 @@ class Method:
             >>> build_method("snapkv").most(keep, 100), build_method("adakv").most(keep, 100)
             (tensor(8), tensor(24))
         """
+        if self.spreading is not None:
+            return (4 * keep.amax((-2, -1))).clamp(max=prompt)
         if self.sharing is None:
             return keep.amax((-2, -1))
         most = keep.sum(-1).amax(-1)
