@@ -496,7 +496,7 @@ def test_any_scores_go_with_any_budgets(name, allocator):
     if allocator == name:
         assert repr(method) == repr(plain)
     if allocator == "cake":
-        with pytest.raises(ValueError, match="needs each layer's budget at once|does not score by attention"):
+        with pytest.raises(ValueError, match=r"needs each layer's budget at once|does not score by attention"):
             build_method(f"criticalkv+{spec}", IMPORTANCE)
     elif name not in ("streaming", "keydiff"):
         changed = build_method(f"criticalkv:alpha=0.3+{spec}", IMPORTANCE)

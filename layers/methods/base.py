@@ -59,8 +59,8 @@ class Method:
             raise ValueError(f"{self.name} keeps one set of tokens for all heads of a layer: its budgets must be equal")
         if self.spreading is not None and (self.evict is not None or self.refine is not None):
             raise ValueError(
-                f"{self.name} needs each layer's budget at once, and layers that compete for the model's total have one "
-                "only at the end: choose another allocator"
+                f"{self.name} needs each layer's budget at once, and layers that compete for the model's total have "
+                "theirs at the end only: choose another allocator"
             )
 
     @property
