@@ -27,6 +27,7 @@ from rich.progress import track
 from torch import Tensor
 
 from checkpoints import CheckpointError
+from kernels import native
 from recipes.needles import TASKS as NEEDLES
 from recipes.questions import TASKS, Question, make_questions
 from recipes.replay import Record, Replay, answer, generate
@@ -348,6 +349,11 @@ def main(argv: list[str] | None = None) -> int:
         if args.threads:
             torch.set_num_threads(args.threads)
         loaded = load(args.model, dtype=args.dtype, device=args.device)
+        if args.device == "cpu":
+            try:
+                native.load()
+            except RuntimeError as error:
+                print(f"without the C++ operators, so slower ({error})", file=sys.stderr)
         origin = {
             "model": loaded.name,
             "dtype": args.dtype,
