@@ -43,7 +43,8 @@ def decode_blocks(
         weights: 16 per block, all blocks of the same sizes: attention_norm (E); qkv (N·D + 2·H·D, E), its bias and int8
             scale; q_norm and k_norm (D); out (E, N·D), its bias and scale; mlp_norm (E); gate_up (2F, E), its bias and
             scale; down (E, F), its bias and scale. What a block does not have is None. Biases, norms and matrices
-            without a scale have x's dtype.
+            without a scale have x's dtype. A block whose qkv is (N·D, E) stores nothing: the tables give its layer the
+            region of an earlier one.
         eps: epsilon of the norms.
         qk_eps: epsilon of q_norm and k_norm.
         windows: sliding window of each block in tokens, 0 for none.
@@ -114,12 +115,13 @@ def _block(
     linear, D, H = few_rows_linear.reference, k_arena.shape[-1], slot_BLH.shape[-1]
 
     qkv_BTHD = linear(rms_norm(x_BTE, attention_norm, eps), qkv, qkv_bias, qkv_scale).unflatten(-1, (-1, D))
-    q_BTND, k_BTHD, v_BTHD = qkv_BTHD.split((qkv_BTHD.shape[2] - 2 * H, H, H), dim=2)
-    if q_norm is not None:
-        q_BTND, k_BTHD = rms_norm(q_BTND, q_norm, qk_eps), rms_norm(k_BTHD, k_norm, qk_eps)
-    q_BTND, k_BTHD = apply_rope(q_BTND, cos_BTd, sin_BTd), apply_rope(k_BTHD, cos_BTd, sin_BTd)
-    arena, slot_BLHT = (k_arena, v_arena, pos), slot_BLH[..., None]
-    ragged_append.reference(*arena, slot_BLHT, layer_1, k_BTHD, v_BTHD, position_B, active_B)
+    N, arena = out.shape[1] // D, (k_arena, v_arena, pos)
+    if qkv_BTHD.shape[2] > N:
+        k_BTHD, v_BTHD = qkv_BTHD[:, :, N:].split(H, dim=2)
+        k_BTHD = apply_rope(k_BTHD if k_norm is None else rms_norm(k_BTHD, k_norm, qk_eps), cos_BTd, sin_BTd)
+        ragged_append.reference(*arena, slot_BLH[..., None], layer_1, k_BTHD, v_BTHD, position_B, active_B)
+    q_BTND = qkv_BTHD[:, :, :N]
+    q_BTND = apply_rope(q_BTND if q_norm is None else rms_norm(q_BTND, q_norm, qk_eps), cos_BTd, sin_BTd)
     tables = offset_BLH, length_BLH, layer_1, position_B
     o_BND, _ = ragged_decode.reference(q_BTND[:, 0], *arena, *tables, window, k_arena.shape[1])
     x_BTE = x_BTE + linear(o_BND.flatten(1)[:, None], out, out_bias, out_scale)
@@ -171,8 +173,9 @@ def _check_weights(weights: Sequence[Any], x_BTE: Tensor, D: int, H: int) -> Non
     width, inner = out.shape[-1], down.shape[-1]
     if width % (H * D):
         raise ValueError(f"out has {width} columns, it must have a multiple of {H} KV heads of {D}")
+    qkv_rows = width if len(qkv) == width else width + 2 * H * D
     for name, weight, bias, scale, rows, columns in (
-        ("qkv", qkv, qkv_bias, qkv_scale, width + 2 * H * D, E),
+        ("qkv", qkv, qkv_bias, qkv_scale, qkv_rows, E),
         ("out", out, out_bias, out_scale, E, width),
         ("gate_up", gate_up, gate_up_bias, gate_up_scale, 2 * inner, E),
         ("down", down, down_bias, down_scale, E, inner),

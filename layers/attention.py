@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.rope import apply_rope
-from layers.cache.base import KVCache
+from layers.cache.base import KVCache, ReadableCache
 from layers.linear import Linear
 from layers.norm import RMSNorm
 
@@ -85,4 +85,46 @@ class Attention(nn.Module):
         assert isinstance(self.layer_1, Tensor)
         o_BTND = cache.attend(self.layer_1, q_BTND, k_BTHD, v_BTHD, self.window)
         y_BTE: Tensor = self.out(o_BTND.flatten(2))
+        return y_BTE
+
+
+class ReadingAttention(nn.Module):
+    """The attention of a layer that has no keys and values: it projects queries and reads what another layer stored.
+
+    Args:
+        attention: whose weights it takes, those of queries and output; nothing is copied.
+
+    Source:
+        Yang et al., KVSharer, 2024.
+
+    Example:
+        >>> attention = Attention(8, num_heads=2, num_kv_heads=1, head_dim=4, layer=1)
+        >>> [tuple(p.shape) for p in ReadingAttention(attention).parameters()]
+        [(8, 8), (8, 8)]
+    """
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        self.head_dim, self.window = attention.head_dim, attention.window
+        self.qkv = attention.qkv.first(attention.heads[0] * attention.head_dim)
+        self.q_norm, self.k_norm = attention.q_norm, None
+        self.out = attention.out
+        assert isinstance(attention.layer_1, Tensor)
+        self.register_buffer("layer_1", attention.layer_1, persistent=False)
+
+    def forward(self, x_BTE: Tensor, rotation: tuple[Tensor, Tensor], cache: ReadableCache) -> Tensor:
+        """Attend from T new tokens.
+
+        Args:
+            x_BTE: normalised hidden states.
+            rotation: cosine and sine of the new tokens' positions.
+            cache: knows which layer this one reads, and has its keys and values.
+
+        Returns:
+            (B, T, E).
+        """
+        q_BTND = self.qkv(x_BTE).unflatten(-1, (-1, self.head_dim))
+        q_BTND = apply_rope(q_BTND if self.q_norm is None else self.q_norm(q_BTND), *rotation)
+        assert isinstance(self.layer_1, Tensor)
+        y_BTE: Tensor = self.out(cache.read(self.layer_1, q_BTND, self.window).flatten(2))
         return y_BTE

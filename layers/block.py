@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from kernels.add_rms_norm import add_rms_norm
-from layers.attention import Attention
+from layers.attention import Attention, ReadingAttention
 from layers.cache.base import KVCache
 from layers.mlp import GatedMLP
 from layers.norm import RMSNorm
@@ -15,7 +15,7 @@ class Block(nn.Module):
     """Attention and MLP, each after a norm and added to the residual stream.
 
     Args:
-        attention: the layer's attention.
+        attention: the layer's attention, over its own keys and values or another layer's.
         mlp: the layer's MLP.
         hidden_size: model width, E.
         eps: epsilon of both norms.
@@ -29,12 +29,19 @@ class Block(nn.Module):
         torch.Size([1, 3, 8])
     """
 
-    def __init__(self, attention: Attention, mlp: GatedMLP, hidden_size: int, *, eps: float) -> None:
+    def __init__(self, attention: Attention | ReadingAttention, mlp: GatedMLP, hidden_size: int, *, eps: float) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(hidden_size, eps=eps)
         self.attention = attention
         self.mlp_norm = RMSNorm(hidden_size, eps=eps)
         self.mlp = mlp
+
+    def reading(self) -> Block:
+        """The same block without keys and values of its own, over the same weights; see `ReadingAttention`."""
+        assert isinstance(self.attention, Attention)
+        block = Block(ReadingAttention(self.attention), self.mlp, len(self.mlp_norm.weight), eps=self.mlp_norm.eps)
+        block.attention_norm, block.mlp_norm = self.attention_norm, self.mlp_norm
+        return block
 
     def forward(self, x_BTE: Tensor, rotation: tuple[Tensor, Tensor], cache: KVCache) -> Tensor:
         """Transform hidden states (B, T, E) to (B, T, E)."""

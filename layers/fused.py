@@ -16,8 +16,8 @@ class FusedBlocks:
     """Decodes one token per row through blocks' own weights; see `kernels.decode_blocks`.
 
     Args:
-        blocks: of a model, from its first layer on; they stay as they are, and weights that they are given later are
-            not seen here.
+        blocks: of a model, from its first layer on, some of which may read another's cache; they stay as they are, and
+            weights that they are given later are not seen here.
 
     Example:
         >>> import torch

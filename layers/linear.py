@@ -63,6 +63,23 @@ class Linear(nn.Module):
         self.scale: Tensor | None
         self.register_buffer("scale", None)
 
+    def first(self, rows: int) -> Linear:
+        """The first rows as a projection of their own, over the same memory.
+
+        Args:
+            rows: how many, at most `out_features`.
+
+        Example:
+            >>> layer = Linear(2, 3)
+            >>> layer.first(1).weight.data_ptr() == layer.weight.data_ptr()
+            True
+        """
+        part = Linear(0, 0)
+        part.weight = nn.Parameter(self.weight[:rows], requires_grad=False)
+        part.bias = None if self.bias is None else nn.Parameter(self.bias[:rows], requires_grad=False)
+        part.scale = None if self.scale is None else self.scale[:rows]
+        return part
+
     def forward(self, x: Tensor) -> Tensor:
         """Project the last dimension: (..., in) to (..., out)."""
         return linear(x, self.weight, self.bias, self.scale)

@@ -71,6 +71,14 @@ class Split:
     kinds: dict[str, Callable[[random.Random], Fact]]
 
 
+def filler_sentence(rng: random.Random, source: Split, task: str) -> str:
+    """A sentence of noise or prose that hides nothing."""
+    if task == "noise":
+        return rng.choice(source.noise)
+    chosen = {slot: rng.choice(words) for slot, words in source.words.items()}
+    return rng.choice(source.prose).format(number=rng.randrange(2, 1000), **chosen)
+
+
 def make_prompt(
     tokenizer: Any, chat: Any, *, split: str, task: str, kind: str, tokens: int, depth: float, seed: str
 ) -> NeedlePrompt:
@@ -107,11 +115,7 @@ def make_prompt(
         raise ValueError(f"a prompt of {tokens} tokens has no room for its question: give at least {tokens - free}")
     filler: list[list[int]] = []
     while free > 0:
-        if task == "noise":
-            sentence = rng.choice(source.noise)
-        else:
-            chosen = {slot: rng.choice(words) for slot, words in source.words.items()}
-            sentence = rng.choice(source.prose).format(number=rng.randrange(2, 1000), **chosen)
+        sentence = filler_sentence(rng, source, task)
         filler.append(tokenizer.encode(f" {sentence}" if filler else sentence))
         free -= len(filler[-1])
     if free < 0:

@@ -68,7 +68,7 @@ def compressed_nll(engine: Engine, ids: Sequence[int], chunk: int) -> float:
         chunk: tokens that are read at a time.
     """
     states_1TE: list[torch.Tensor] = []
-    last = engine.model.blocks[-1]
+    last = engine.blocks[-1]
     hook = last.register_forward_hook(lambda block, arguments, x_1TE: states_1TE.append(x_1TE))
     try:
         engine.prefill([ids[:chunk]])

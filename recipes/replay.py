@@ -109,6 +109,9 @@ class Replay:
         room: slots of each KV head for the answer; a method that evicts while decoding takes one instead.
         later: tokens that further turns will add.
 
+    Raises:
+        ValueError: the method lets layers read another's cache, so that the recorded prefill is not its own.
+
     Attributes:
         record: the prefill.
         cache: ready to decode, row i holding what budget i keeps.
@@ -118,6 +121,10 @@ class Replay:
 
     @torch.inference_mode()
     def __init__(self, record: Record, method: Method, budgets: list[int], *, room: int, later: int = 0) -> None:
+        if method.shared_layers:
+            raise ValueError(
+                f"{method.name} cannot be replayed: layers that read another's cache change the prefill; use an Engine"
+            )
         config, model = record.loaded.config, record.loaded.model
         k_BHSD, rows = record.layers[0].k_BHSD, len(budgets)
         self.record, self._method, self._budgets, self._room = record, method, budgets, method.room(room)

@@ -183,6 +183,7 @@ def test_what_was_measured_is_kept(run, monkeypatch, tmp_path, failure, says):
         (("--cache", "nonsense"), "no cache method is called 'nonsense'"),
         (("--cache", "full", "--budget", "64"), "--cache full keeps everything: drop --budget"),
         (("--cache", "full", "snapkv", "--importance", "x.json"), "does not use head importance"),
+        (("--cache", "full", "snapkv", "--sharing", "x.json"), "shares no layers: drop --sharing x.json"),
         (("--budget", "12", "many"), "budget 'many' is not understood"),
         (("--context", "0"), "'0' is not a whole number from 1"),
         (("--batch", "two"), "'two' is not a whole number"),

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from checkpoints import LayerSharing, config_hash, write_sharing
 from layers.fused import FusedBlocks
 from tests import tiny_chat
 from zoo import Engine, chat, cli, generate, load
@@ -133,6 +134,22 @@ def test_headkv_takes_an_importance_file_and_options(run, scores):
     assert kept[1][1] == 66.0 and kept[1][0] < 66 < kept[1][2]
 
 
+def test_kvsharer_takes_a_file_of_layers_that_share(run, loaded, tmp_path):
+    layers = loaded.config.num_layers
+    hashes = {"config_hash": config_hash(loaded.config), "tokenizer_hash": loaded.tokenizer.fingerprint()}
+    found = LayerSharing(model_id="tiny", **hashes, num_layers=layers, pairs=((2, 0),), similarity=(0.9,))
+    write_sharing(tmp_path / "sharing.json", found)
+    options = ("--prompt", "word " * 600, "--max-new-tokens", "3", "--stats")
+    outs = [
+        run(chat.main, *options, "--cache", "full"),
+        run(chat.main, *options, "--cache", "kvsharer", "--sharing", tmp_path / "sharing.json"),
+    ]
+    assert [status for status, *_ in outs] == [0, 0]
+    assert outs[0][1] != outs[1][1], "the layer reads other keys"
+    full, shared = (float(re.search(r"([\d.]+) MiB", err)[1]) for _, _, err in outs)
+    assert 0.5 < shared / full < 0.8  # two layers of three have slots, tables are as they were
+
+
 def test_threads(run, monkeypatch):
     asked = []
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
@@ -199,6 +216,7 @@ def test_list_shows_every_choice(run):
     assert ("adakv", "window attention", "layer top k", "-", "-") in rows
     assert "projected values" in out
     assert ("cake", "varying attention", "layer preference", "-", "-") in rows
+    assert ("kvsharer", "position", "uniform", "yes", "-") in rows
     assert max(map(len, out.splitlines())) <= 100
 
 

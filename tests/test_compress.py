@@ -467,6 +467,17 @@ def test_layer_budgets_refuse_another_model():
         )
 
 
+@pytest.mark.parametrize("name", allocator_names())
+def test_budgets_of_some_layers_are_those_of_a_model_without_the_others(name):
+    g, layers = torch.Generator().manual_seed(2), [0, 1, 3]
+    found = {kind: torch.rand(5, 4, generator=g) for kind in ("r", "r2", "semantic")}
+    found["layer_errors"] = torch.rand(5, generator=g)
+    spec, sizes = f"snapkv:allocator={name}", {"budget": 100, "prompt": 150, "num_layers": 3, "num_kv_heads": 2}
+    part = build_method(spec, found).allocator.of_layers(layers)
+    alone = build_method(spec, {kind: scores[layers] for kind, scores in found.items()}).allocator
+    assert type(part) is type(alone) and torch.equal(part(**sizes), alone(**sizes))
+
+
 IMPORTANCE = {kind: torch.rand(2, 4) for kind in ("r", "r2", "semantic")} | {"layer_errors": torch.rand(2)}
 
 
@@ -480,7 +491,9 @@ def test_methods_build_and_describe_themselves(name):
 
 
 @pytest.mark.parametrize("allocator", allocator_names())
-@pytest.mark.parametrize("name", [name for name in method_names() if name not in ("full", "criticalkv", "tova")])
+@pytest.mark.parametrize(
+    "name", [name for name in method_names() if name not in ("full", "criticalkv", "kvsharer", "tova")]
+)
 def test_any_scores_go_with_any_budgets(name, allocator):
     spec = f"{name}:allocator={allocator}"
     if (name, allocator) == ("h2o", "cake"):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from checkpoints import LayerSharing
 from checkpoints.config import ModelConfig, RopeConfig
 from kernels.ragged_decode import ragged_decode
 from layers.cache.arena import ArenaCache
@@ -15,6 +16,7 @@ from layers.linear import Linear
 from layers.methods import build_method, method_names
 from layers.plan import ArenaShape
 from layers.quantize import quantize_weights
+from recipes.search_sharing import SharedLayers
 from zoo import engine as engine_module
 from zoo.engine import Engine
 from zoo.family import Decoder
@@ -58,6 +60,9 @@ def importance(monkeypatch):
     scores = torch.rand(3, 4, generator=torch.Generator().manual_seed(5)) ** 3
     kinds = {"r": scores, "r2": scores.flip(0), "semantic": scores.flip(1), "layer_errors": scores[:, 0]}
     monkeypatch.setattr(engine_module, "head_importance", lambda loaded, path: kinds)
+    hashes = {"model_id": "tiny", "config_hash": "", "tokenizer_hash": ""}
+    found = LayerSharing(**hashes, num_layers=3, pairs=((2, 0),), similarity=(0.9,))
+    monkeypatch.setattr(engine_module, "layer_sharing", lambda loaded, path: found)
 
 
 def tokens(*lengths, seed=0):
@@ -65,15 +70,18 @@ def tokens(*lengths, seed=0):
     return [torch.randint(0, V, (n,), generator=g).tolist() for n in lengths]
 
 
-def dense(loaded, ids):
-    return loaded.model(torch.tensor([ids]))[0, -1]
+def dense(loaded, ids, spec="full"):
+    model, source = loaded.model, [0, 1, 0] if spec.startswith("kvsharer") else [0, 1, 2]
+    ids_1T = torch.tensor([ids])
+    x_1TE = model.hidden(ids_1T, model.rope(torch.arange(len(ids))[None], len(ids)), SharedLayers(source))
+    return model.logits(x_1TE[0, -1])
 
 
 def close(got, want):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-4)
 
 
-WITHOUT_WINDOW = ("full", "streaming", "keydiff", "expected-attention", "h2o", "tova")
+WITHOUT_WINDOW = ("full", "streaming", "keydiff", "expected-attention", "h2o", "tova", "kvsharer")
 EVICTING = ("h2o", "tova")
 
 
@@ -101,8 +109,20 @@ SPECS = [spec for name in method_names() for spec in variants(name)] + [
     "snapkv:preset=tuned,allocator=cake",
     "keydiff:allocator=cake",
     "streaming:allocator=cake,window=4",
+    "kvsharer+headkv",
+    "kvsharer+adakv",
+    "kvsharer+h2o",
+    "kvsharer+h2o:allocator=adakv",
+    "kvsharer+tova",
+    "kvsharer+compresskv:preset=tuned",
+    "kvsharer+criticalkv+snapkv",
+    "kvsharer+cake",
 ]
 SMALL = "window=4,recent=4"
+
+
+def evicts(spec):
+    return spec.rpartition("+")[2].startswith(EVICTING)
 
 
 def small(spec):
@@ -124,13 +144,13 @@ def test_a_budget_that_holds_everything_changes_nothing(spec, windows):
     logits = engine.prefill(prompts)
     for turn in range(2):
         for row, text in enumerate(texts):
-            close(logits[row], dense(loaded, text))
+            close(logits[row], dense(loaded, text, spec))
         for _ in range(4):
             new = logits.argmax(-1)
             texts = [[*text, int(token)] for text, token in zip(texts, new, strict=True)]
             logits = engine.step(new)
         for row, text in enumerate(texts):
-            close(logits[row], dense(loaded, text))
+            close(logits[row], dense(loaded, text, spec))
         more = tokens(7, 20, 1, seed=turn + 1)
         texts = [text + extra for text, extra in zip(texts, more, strict=True)]
         logits = engine.extend(more)
@@ -166,21 +186,22 @@ def test_budgets_are_promises(loaded, spec):
     for prompts in (tokens(200), tokens(10), tokens(25)):
         engine.prefill(prompts)
         planned = 24 if engine.budget else 300
-        total = min(planned, len(prompts[0])) * 6
+        own = sorted(set(engine.cache.source))
+        total = min(planned, len(prompts[0])) * 2 * len(own)
         if spec.startswith("cake:compat"):  # a layer may be given what it has lost
             assert total / 2 < int(engine.cache.kept.sum()) <= total
         elif "compat" in spec:
             assert total - 6 <= int(engine.cache.kept.sum()) <= total + 3
         else:
-            assert int(engine.cache.kept.sum()) == total
+            assert int(engine.cache.kept[:, own].sum()) == total
         for _ in range(20):
             engine.step([1])
             generated = int(engine.cache.generated[0])
-            if spec.startswith(EVICTING):  # until the budget and the next token's slot are full
+            if evicts(spec):  # until the budget and the next token's slot are full
                 assert torch.equal(
                     engine.stats().kept, (engine.cache.kept + generated).clamp(max=engine.cache.capacity)
                 )
-                assert int(engine.stats().kept.sum()) <= 25 * 6
+                assert int(engine.stats().kept[:, own].sum()) <= 25 * 2 * len(own)
                 continue
             room = min(generated, 6) if engine.budget else generated
             assert torch.equal(engine.stats().kept, engine.cache.kept + room)
@@ -200,12 +221,12 @@ def test_bytes_are_the_plan(loaded, cache, batch, budget):
     engine = Engine(loaded, cache=small(cache), budget=budget, max_new_tokens=5, max_context=256, batch=batch)
     stats = engine.stats()
     assert stats.nbytes == engine.cache.shape.nbytes == sum(t.nbytes for t in storage_tensors(engine.cache))
-    if budget == "60KB" and cache != "full":
+    if budget == "60KB" and engine.budget:
         slot = engine.cache.shape.slot_bytes * 6 * batch
         assert 60_000 - slot < stats.nbytes <= 60_000
     engine.prefill(tokens(*[100] * batch))
     assert engine.stats().nbytes == stats.nbytes
-    if budget == "25%" and cache != "full":
+    if budget == "25%" and engine.budget:
         assert int(engine.cache.kept.sum()) == 25 * 6 * batch
 
 
@@ -250,7 +271,7 @@ def test_nothing_depends_on_unused_slots_or_slot_order(loaded, spec):
     close(run(shuffle), plain)
 
 
-@pytest.mark.parametrize("spec", [s for s in SPECS if s != "full" and not s.startswith(EVICTING)])
+@pytest.mark.parametrize("spec", [s for s in SPECS if not s.startswith(("full", "kvsharer", *EVICTING))])
 @pytest.mark.parametrize("heads", [(2, 2), (8, 2)], ids=["G1", "G4"])
 def test_decoding_equals_dense_attention_masked_to_the_kept_sets(spec, heads):
     """50 steps against a loop that recomputes everything densely and hides what the cache dropped."""

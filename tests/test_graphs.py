@@ -376,7 +376,8 @@ def on_a_gpu_that_is_not_there(engine):
         def fake(tensor):
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
 
-        for place in places(engine.model, cache=engine.cache):
+        blocks = torch.nn.ModuleList(engine.blocks)  # some read the model's weights through views of their own
+        for place in (*places(engine.model, cache=engine.cache), *places(blocks)):
             tensor = fake(place.table[place.key])
             is_weight = isinstance(place.table[place.key], torch.nn.Parameter)
             place.table[place.key] = torch.nn.Parameter(tensor, requires_grad=False) if is_weight else tensor

@@ -675,4 +675,5 @@ def test_a_method_is_its_papers_formulas(spec, G, lengths):
 
 
 def test_every_method_has_an_oracle():
-    assert {re.split("[:+]", spec)[0] for spec in ORACLES} == set(method_names())
+    of_layers = {"kvsharer"}  # a question of the whole model: tests/test_sharing.py
+    assert {re.split("[:+]", spec)[0] for spec in ORACLES} | of_layers == set(method_names())

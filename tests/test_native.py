@@ -471,6 +471,7 @@ def block_case(
     qk_norm=False,
     int8=False,
     window=None,
+    reads=False,
     seed=0,
 ):
     """Weights of one block, its numbers, an arena whose free slots are in its lengths, and the other arguments."""
@@ -488,12 +489,20 @@ def block_case(
         return (1 + random(size, seed=next(seeds)) / 4).to(dtype)
 
     norms = (norm(D), norm(D)) if qk_norm else (None, None)
-    weights = (norm(E), *matrix((N + 2 * H) * D, E), *norms, *matrix(E, N * D), norm(E), *matrix(2 * width, E))
+    weights = (
+        norm(E),
+        *matrix((N if reads else N + 2 * H) * D, E),
+        *norms,
+        *matrix(E, N * D),
+        norm(E),
+        *matrix(2 * width, E),
+    )
     weights = (*weights, *matrix(E, width), 1e-5, 1e-6, window or 0)
     lengths = [[(7, 0, 260, 31)[(row + head) % 4] for head in range(H)] for row in range(B)]
     a = arena_of(lengths, D, dtype=dtype, window=window, seed=seed)
     active = torch.arange(B) % 3 != 1
-    a.length += active[:, None, None].int()
+    if not reads:  # what another layer stored is there already
+        a.length += active[:, None, None].int()
     angle = random(B, 1, D // 2, seed=next(seeds)) * 9
     cache = [a.k, a.v, a.pos, a.slot, a.offset, a.length, LAYER, a.position, active]
     return [2 * random(B, 1, E, seed=next(seeds), dtype=dtype), angle.cos(), angle.sin(), weights, *cache]
@@ -532,11 +541,12 @@ def naive_block(x, cos, sin, weights, k_arena, v_arena, pos, slot, offset, lengt
     a.position, a.window, a.bias, queries = position, window, None, []
     for row in range(x.shape[0]):
         heads = linear(norm(x[row, 0].double(), attention_norm, eps), qkv, qkv_bias, qkv_scale).view(-1, D)
-        q, k, v = heads[: -2 * H], heads[-2 * H : -H], heads[-H:]
+        N = out.shape[1] // D
+        q, k, v = heads[:N], heads[N : N + H], heads[N + H :]
         if q_norm is not None:
             q, k = norm(q, q_norm, qk_eps), norm(k, k_norm, qk_eps)
         queries.append(rotate(q, row))
-        if active[row]:
+        if active[row] and len(heads) > N:
             at = slot[row, layer].flatten().long()
             a.k[row, at], a.v[row, at], a.pos[row, at] = rotate(k, row), v, position[row]
     a.q = torch.stack(queries)
@@ -556,6 +566,9 @@ def check_block(case):
         "only the arena is written"
     )
     assert same(cache[2], after.pos)
+    if len(weights[1]) == weights[6].shape[1]:
+        assert all(same(got, before) for got, before in zip(cache[:2], case[4:6], strict=True)), "it stores nothing"
+        return y
     slot, active = cache[3][:, 1].long(), cache[8]
     for got, exact_arena, before, plain_arena in zip(cache, (after.k, after.v), case[4:], plain[4:6], strict=False):
         rows = torch.arange(len(slot))[:, None].expand_as(slot)[active], slot[active]
@@ -576,6 +589,8 @@ BLOCKS = {
     "groups of 4": {"group": 4, "H": 1},
     "even sizes": {"E": 64, "D": 16, "width": 96},
     "large": {"E": 65, "D": 80, "width": 131, "H": 3},
+    "reads": {"reads": True},
+    "reads, everything": {"reads": True, "biases": True, "qk_norm": True, "window": 700},
     "tiny": {"E": 2, "D": 2, "H": 1, "group": 1, "width": 1},
 }
 

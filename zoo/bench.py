@@ -139,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", type=Path, metavar="FILE", help="keep the JSON here too, as far as it is, after every point")
     add("--device", default="cpu", metavar="D", help="where to run, e.g. cpu or cuda (default: %(default)s)")
     add("--importance", metavar="FILE", help="head importance if it is needed (default: what ships for the model)")
+    add("--sharing", metavar="FILE", help="layers that share, for kvsharer (default: what ships for the model)")
     add("--time-compile", type=int, help=argparse.SUPPRESS)  # tells the new processes which point to take
     return made
 
@@ -153,6 +154,8 @@ def _points(args: argparse.Namespace) -> list[_Point]:
         raise ValueError(f"--cache {names} keeps everything: drop --budget, or add another method")
     if args.importance is not None and not any(map(needs_importance, args.cache)):
         raise ValueError(f"--cache {names} does not use head importance: drop --importance {args.importance}")
+    if args.sharing is not None and not any(cli.described(cache).shared_layers for cache in args.cache):
+        raise ValueError(f"--cache {names} shares no layers: drop --sharing {args.sharing}")
     if args.json is not None and (args.json.is_dir() or not os.access(args.json.parent, os.W_OK)):
         raise ValueError(f"--json {args.json} cannot be written: give a file in a folder that exists and is yours")
     points = [
@@ -236,6 +239,7 @@ def _engine(args: argparse.Namespace, loaded: Loaded, point: _Point, *, steps: i
         batch=point.batch,
         compile=compile,
         importance=args.importance,
+        sharing=args.sharing,
         allow_overflow=True,
     )
 

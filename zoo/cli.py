@@ -173,6 +173,9 @@ def parser(program: str, description: str, examples: str) -> argparse.ArgumentPa
         "--importance", metavar="FILE", help="head importance if it is needed (default: what ships for the model)"
     )
     cache.add_argument(
+        "--sharing", metavar="FILE", help="layers that share, for kvsharer (default: what ships for the model)"
+    )
+    cache.add_argument(
         "--max-context",
         type=whole_number(1),
         metavar="N",
@@ -367,6 +370,8 @@ def load_model(args: argparse.Namespace) -> Loaded:
         )
     if args.importance is not None and not needs_importance(args.cache):
         raise ValueError(f"--cache {method.name} does not use head importance: drop --importance {args.importance}")
+    if args.sharing is not None and not method.shared_layers:
+        raise ValueError(f"--cache {method.name} shares no layers: drop --sharing {args.sharing}")
     if args.compile and not has_compiler():
         raise ValueError("--compile needs a C++ compiler and there is none: install g++, or pass --no-compile")
     if args.compile is not False and args.device == "cpu":
@@ -449,6 +454,7 @@ def make_engine(args: argparse.Namespace, loaded: Loaded, *, prompt: Sequence[in
         max_context=context,
         compile=compiles(args, interactive=prompt is None),
         importance=args.importance,
+        sharing=args.sharing,
         allow_overflow=args.allow_overflow,
     )
 
@@ -513,7 +519,8 @@ def print_choices() -> None:
     for name in method_names():
         method = described(name)
         methods.add_row(name, method.summary, method.paper)
-        calibrated, evicts = needs_importance(name), method.ring_over_prompt or method.evict
+        calibrated = needs_importance(name) or method.shared_layers > 0
+        evicts = method.ring_over_prompt or method.evict
         scores = ", ".join(_words(part) for part in (method.scorer, method.refine) if part is not None)
         parts.add_row(name, scores, _words(method.allocator), *("yes" if x else "-" for x in (calibrated, evicts)))
     allocators = f"[italic]Any method but full, with other budgets[/] :allocator={'|'.join(allocator_names())}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, cast
@@ -13,6 +13,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
+from checkpoints import LayerSharing
 from kernels import native
 from kernels.few_rows_linear import MOST_ROWS
 from layers.block import Block
@@ -24,7 +25,7 @@ from layers.methods import build_method, needs_importance
 from layers.plan import ArenaShape
 from layers.sampler import check_sampling, sample
 from zoo.graphs import CudaGraphs, GraphedStep, places
-from zoo.load import Loaded, head_importance
+from zoo.load import Loaded, head_importance, layer_sharing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,14 +74,18 @@ class Engine:
             first token is decoded. "inductor" takes torch.compile for the blocks in any case. From then on all engines
             of the process use the C++ operators where PyTorch's would run.
         importance: head-importance file for methods that need one; None takes the one that ships for the model.
+        sharing: layer-sharing file for `kvsharer`; None takes the one that ships for the model.
         chunk_tokens: prompts longer than this are taken in chunks of as many tokens, compressed after each.
         allow_overflow: allow conversations longer than the model's trained context.
+
+    Attributes:
+        blocks: what prompts go through: the model's blocks, or those that read another layer's cache in their place.
 
     Raises:
         ValueError: unknown method or option, **or** compiling is wanted and no compiler works, **or** a budget that
             cannot be read or is below sinks and window, **or** sizes that are not positive, **or** a context beyond the
-            model's, **or** a cache larger than free memory.
-        CheckpointError: no usable head importance.
+            model's, **or** a cache larger than free memory, **or** more layers are to share than a search found.
+        CheckpointError: no usable head importance, **or** nothing usable that says which layers can share.
 
     Example:
         >>> from zoo import load  # doctest: +SKIP
@@ -99,6 +104,7 @@ class Engine:
         batch: int = 1,
         compile: bool | Literal["inductor"] = False,
         importance: str | Path | None = None,
+        sharing: str | Path | None = None,
         chunk_tokens: int = 16_384,
         allow_overflow: bool = False,
     ) -> None:
@@ -124,6 +130,11 @@ class Engine:
         scores = head_importance(loaded, importance) if needs_importance(cache) else None
         self.loaded, self.model, self.max_new_tokens = loaded, loaded.model, max_new_tokens
         self.method = build_method(cache, scores)
+        self._source = list(range(config.num_layers))
+        self.blocks = cast("list[Block]", list(self.model.blocks))
+        if self.method.shared_layers:
+            self._share_layers(layer_sharing(loaded, sharing))
+        self._owners = [layer for layer, source in enumerate(self._source) if layer == source]
         self.max_context = max_context or trained
         self.chunk_tokens = chunk_tokens
         self.budget: Budget | None = None
@@ -146,9 +157,23 @@ class Engine:
         self._allocate(batch)
         self.reset()
 
+    def _share_layers(self, found: LayerSharing) -> None:
+        """Let as many layers as the method wants read another's cache instead of their own."""
+        count = max(1, round(self.method.shared_layers * found.num_layers))
+        if count > len(found.pairs):
+            raise ValueError(
+                f"{self.method.name} is to let {count} of {found.num_layers} layers read another's cache, but the "
+                f"search for {found.model_id} found {len(found.pairs)}: lower the share, or search for more"
+            )
+        self._source = list(found.sources(count))
+        own = [layer == source for layer, source in enumerate(self._source)]
+        self.blocks = [b if owns else b.reading() for b, owns in zip(self.blocks, own, strict=True)]
+        owners = [layer for layer, owns in enumerate(own) if owns]
+        self.method = replace(self.method, allocator=self.method.allocator.of_layers(owners))
+
     def _allocate(self, batch: int) -> None:
         config = self.loaded.config
-        heads = config.num_layers * config.num_kv_heads
+        heads = len(self._owners) * config.num_kv_heads
 
         def shape(slots: int) -> ArenaShape:
             return ArenaShape(
@@ -162,7 +187,7 @@ class Engine:
             )
 
         method, most = self.method, self.max_context
-        surplus = method.allocator.surplus(num_layers=config.num_layers, num_kv_heads=config.num_kv_heads)
+        surplus = method.allocator.surplus(num_layers=len(self._owners), num_kv_heads=config.num_kv_heads)
         if self.budget is not None and self.budget.kind == "bytes":
             most = (shape(0).slots_within(int(self.budget.amount)) - surplus) // heads - self._room
         elif self.budget is not None:
@@ -190,17 +215,16 @@ class Engine:
         inductor = self._compile == "inductor" or (self._compile is True and not fused and self._capture is None)
         self._graphs = None  # before the new cache takes memory
         largest = int(method.most(shares, self.max_context)) + self._room
-        self.cache = ArenaCache(planned, self._device, most=largest, compiled=inductor)
+        self.cache = ArenaCache(planned, self._device, most=largest, compiled=inductor, source=self._source)
         self._frequencies_Bd = torch.zeros(batch, config.head_dim // 2, device=self._device)
         self._most_tokens = most
-        blocks = cast("list[Block]", list(self.model.blocks))
-        self._blocks: list[Callable[..., Tensor]] = [*blocks]
+        self._blocks: list[Callable[..., Tensor]] = [*self.blocks]
         if fused:
-            self._blocks = [FusedBlocks(blocks)]
+            self._blocks = [FusedBlocks(self.blocks)]
         elif inductor:
             # Inductor would otherwise test-compile every vector extension: over half of a cold start.
             compiled = torch.compile(Block.forward, fullgraph=True, options={"cpp.vec_isa_ok": True})
-            self._blocks = [partial(compiled, block) for block in blocks]
+            self._blocks = [partial(compiled, block) for block in self.blocks]
 
     def _prompt_budget(self, tokens: int, most: int) -> int:
         """Mean tokens per KV head to keep of a prompt of so many tokens, of which the arena holds at most so many."""
@@ -211,14 +235,16 @@ class Engine:
         return max(int(self.budget.amount * tokens + 1e-9), self.method.protected)
 
     def _shares(self, tokens: int, most: int) -> Tensor:
-        """(L, H) tokens that each KV head may keep of so many, on the host."""
+        """(L, H) tokens that each KV head may keep of so many, on the host; none for layers that read another's."""
         config = self.loaded.config
-        return self.method.shares(
+        keep_LH = torch.zeros(config.num_layers, config.num_kv_heads, dtype=torch.int64)
+        keep_LH[self._owners] = self.method.shares(
             budget=min(self._prompt_budget(tokens, most), self.max_context),
             prompt=tokens,
-            num_layers=config.num_layers,
+            num_layers=len(self._owners),
             num_kv_heads=config.num_kv_heads,
         )
+        return keep_LH
 
     @torch.inference_mode()
     def reset(self) -> None:
@@ -326,11 +352,11 @@ class Engine:
             keep_BLH=keep_BLH,
             room=room,
             new_tokens=lengths,
-            outputs=[block.attention.out for block in cast("list[Block]", self.model.blocks)],
+            outputs=[block.attention.out for block in self.blocks],
             frequencies_Bd=self._frequencies_Bd,
         )
         rotation = self.model.rope.rotation(chunk.position_BT, self._frequencies_Bd)
-        x_BTE = self.model.hidden(ids_BT, rotation, chunk)
+        x_BTE = self.model.hidden(ids_BT, rotation, chunk, blocks=self.blocks)
         chunk.finish()
         self.tokens_seen = seen
         last_B = torch.tensor(lengths, device=self._device).clamp(min=1) - 1

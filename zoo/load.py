@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from checkpoints import CheckpointError
+from checkpoints import CheckpointError, LayerSharing, read_sharing
 from checkpoints.config import ModelConfig, config_hash, load_config
 from checkpoints.importance import read_all_importance
 from checkpoints.resolve import DEFAULT_MODEL, resolve
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16")
 WEIGHTS = ("int8",)
-_PACKAGED_IMPORTANCE = Path(__file__).with_name("importance")
+_PACKAGE = Path(__file__).parent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,10 +131,7 @@ def head_importance(loaded: Loaded, path: str | Path | None = None) -> dict[str,
     """
     import torch
 
-    if path is None:
-        mine = config_hash(loaded.config)
-        shipped = sorted(_PACKAGED_IMPORTANCE.glob("*.json"))
-        path = next((file for file in shipped if json.loads(file.read_text()).get("config_hash") == mine), None)
+    path = path or _shipped("importance", loaded.config)
     if path is None:
         raise CheckpointError(
             f"no head importance ships for {loaded.name}: make a file with `python -m recipes.calibrate_heads "
@@ -143,3 +140,29 @@ def head_importance(loaded: Loaded, path: str | Path | None = None) -> dict[str,
     found = read_all_importance(Path(path), config=loaded.config, tokenizer_hash=loaded.tokenizer.fingerprint())
     tensors = {kind: torch.tensor(scores.scores_LN) for kind, scores in found.items()}
     return {kind: scores.squeeze(1) if kind == "layer_errors" else scores for kind, scores in tensors.items()}
+
+
+def layer_sharing(loaded: Loaded, path: str | Path | None = None) -> LayerSharing:
+    """Which layers of a model can read another's cache: from a file, or from those that ship with the package.
+
+    Args:
+        loaded: the model.
+        path: a layer-sharing file; None searches the package for one of the same model and tokenizer.
+
+    Raises:
+        CheckpointError: the file is not one, **or** belongs to another model, **or** none ships for this model.
+    """
+    path = path or _shipped("sharing", loaded.config)
+    if path is None:
+        raise CheckpointError(
+            f"nothing ships that says which layers of {loaded.name} can share: make a file with `python -m "
+            f"recipes.search_sharing --model {loaded.name} --layers {max(1, loaded.config.num_layers // 4)} --output "
+            "sharing.json`, then pass --sharing sharing.json"
+        )
+    return read_sharing(Path(path), config=loaded.config, tokenizer_hash=loaded.tokenizer.fingerprint())
+
+
+def _shipped(folder: str, config: ModelConfig) -> Path | None:
+    """The file of the package that was made for a model of this configuration."""
+    files, mine = sorted((_PACKAGE / folder).glob("*.json")), config_hash(config)
+    return next((file for file in files if json.loads(file.read_text()).get("config_hash") == mine), None)

@@ -38,8 +38,8 @@ template <class T>
 void decode_blocks(const std::vector<BlockWeights>& blocks, Arena<T> arena, const float* cosine, const float* sine,
                    const T* x, T* y) {
   const int64_t B = arena.batch, H = arena.kv_heads, N = H * arena.group, D = arena.head_dim;
-  const int64_t E = blocks[0].out.out, qkv_width = blocks[0].qkv.out;
-  std::vector<float> residual(B * E), normed(B * E), qkv(B * qkv_width), q(B * N * D), attended(B * N * D);
+  const int64_t E = blocks[0].out.out;
+  std::vector<float> residual(B * E), normed(B * E), qkv(B * (N + 2 * H) * D), q(B * N * D), attended(B * N * D);
   std::vector<float> projected(B * E), gate_up, gated, arranged;
   std::optional<RaggedDecode<T>> attention;
   auto norm_into = [&](const std::vector<float>& weight, float eps, const Matrix& next) {
@@ -50,13 +50,14 @@ void decode_blocks(const std::vector<BlockWeights>& blocks, Arena<T> arena, cons
     for (int64_t i = 0; i < B * E; i++) residual[i] += projected[i];
   };
   auto heads_of = [&](const BlockWeights& weights, int64_t row) {  // rotate q and k, q apart from the rest
-    for (int64_t head = 0; head < N + H; head++) {
-      float* at = &qkv[row * qkv_width + head * D];
+    const int64_t width = weights.qkv.out, heads = width > N * D ? N + H : N;
+    for (int64_t head = 0; head < heads; head++) {
+      float* at = &qkv[row * width + head * D];
       const std::vector<float>& norm = head < N ? weights.q_norm : weights.k_norm;
       if (!norm.empty()) rms_norm(at, norm, weights.qk_eps, at);
       rope(at, D, cosine + row * (D / 2), sine + row * (D / 2));
     }
-    std::memcpy(&q[row * N * D], &qkv[row * qkv_width], N * D * sizeof(float));
+    std::memcpy(&q[row * N * D], &qkv[row * width], N * D * sizeof(float));
   };
 
   for (int64_t i = 0; i < B * E; i++) residual[i] = Element<T>::get(x[i]);
@@ -77,7 +78,8 @@ void decode_blocks(const std::vector<BlockWeights>& blocks, Arena<T> arena, cons
 #pragma omp single
     {
       for (int64_t row = 0; row < B; row++) heads_of(weights, row);
-      append<T, float>(arena, 1, {&qkv[N * D], qkv_width, 0}, {&qkv[(N + H) * D], qkv_width, 0});
+      if (const int64_t width = weights.qkv.out; width > N * D)
+        append<T, float>(arena, 1, {&qkv[N * D], width, 0}, {&qkv[(N + H) * D], width, 0});
       attention->set_queries(q.data());
     }
     attention->attend(attended.data());

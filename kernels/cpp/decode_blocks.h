@@ -13,6 +13,7 @@ struct BlockWeights {
 };
 
 // Blocks of equal sizes; the arena's tables point at the first one's layer. x and y (B, E); cosine and sine (B, D / 2).
+// A block whose qkv has rows for queries only stores nothing: it reads the region of another layer.
 template <class T>
 void decode_blocks(const std::vector<BlockWeights>& blocks, Arena<T> arena, const float* cosine, const float* sine,
                    const T* x, T* y);

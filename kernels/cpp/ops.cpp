@@ -299,7 +299,8 @@ BlockWeights block_weights(const Maybe* given, int64_t E, int64_t D, int64_t kv_
   check_row(given[5], D, type, "k_norm");
   check_row(given[9], E, type, "mlp_norm");
   STD_TORCH_CHECK(out.size(0) == E && down.size(0) == E && gate_up.size(0) == 2 * down.size(1) &&
-                      out.size(1) % (D * kv_heads) == 0 && qkv.size(0) == out.size(1) + 2 * D * kv_heads,
+                      out.size(1) % (D * kv_heads) == 0 &&
+                      (qkv.size(0) == out.size(1) + 2 * D * kv_heads || qkv.size(0) == out.size(1)),
                   "the shapes of weights, arena and x do not belong together");
   BlockWeights weights{};
   weights.attention_norm = as_floats(given[0]), weights.mlp_norm = as_floats(given[9]);
@@ -333,7 +334,7 @@ Tensor decode_blocks_op(Tensor x_BTE, Tensor cos_BTd, Tensor sin_BTd, std::vecto
   for (int64_t i = 0; i < count; i++) {
     blocks.push_back(block_weights(&weights[i * kPerBlock], E, D, H, type));
     blocks[i].eps = float(eps), blocks[i].qk_eps = float(qk_eps), blocks[i].window = windows[i];
-    STD_TORCH_CHECK(blocks[i].qkv.out == blocks[0].qkv.out, "all blocks must have as many heads");
+    STD_TORCH_CHECK(blocks[i].out.in == blocks[0].out.in, "all blocks must have as many heads");
   }
   Tensor y = allocated({x_BTE.sizes().begin(), x_BTE.sizes().end()}, x_BTE);
   for_type(x_BTE, [&](auto zero) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
 
@@ -30,8 +31,15 @@ class ArenaCache:
         device: where it lives.
         most: slots of the largest region that will be laid out, as far as that is known.
         compiled: whether `attend` will be compiled; then the number of slots is marked as one that may change.
+        source: per layer, whose regions it reads: its own, or those of an earlier layer that has its own. In the tables
+            a layer that reads has what its source has, and slots only once. None if every layer has its own.
+
+    Raises:
+        ValueError: a source is a later layer, **or** has no regions of its own.
 
     Attributes:
+        source: per layer, whose regions it reads.
+        owners: layers that have regions of their own, in order.
         k: (B, slots, D) keys after RoPE.
         v: (B, slots, D) values.
         pos: (B, slots) int32 absolute positions, -1 where nothing was written since the last prompt.
@@ -53,12 +61,27 @@ class ArenaCache:
         True
     """
 
-    def __init__(self, shape: ArenaShape, device: torch.device | str, *, most: int = 0, compiled: bool = False) -> None:
+    def __init__(
+        self,
+        shape: ArenaShape,
+        device: torch.device | str,
+        *,
+        most: int = 0,
+        compiled: bool = False,
+        source: Sequence[int] | None = None,
+    ) -> None:
         B, L, H, D = shape.batch, shape.num_layers, shape.num_kv_heads, shape.head_dim
 
         def integers(*size: int) -> Tensor:
             return torch.zeros(size, dtype=torch.int32, device=device)
 
+        self.source = list(range(L) if source is None else source)
+        if wrong := [layer for layer, of in enumerate(self.source) if not 0 <= of <= layer or self.source[of] != of]:
+            raise ValueError(
+                f"layer {wrong[0]} cannot read layer {self.source[wrong[0]]}: a source must be an earlier layer that "
+                "reads no other"
+            )
+        self.owners = sorted(set(self.source))
         self.shape, self._compiled = shape, compiled
         self._grow(most)
         self.k = torch.zeros(B, shape.slots, D, dtype=shape.dtype, device=device)
@@ -131,7 +154,8 @@ class ArenaCache:
         """Give every region its place.
 
         Args:
-            keep_BLH: int, on the host; prompt tokens that each KV head may keep.
+            keep_BLH: int, on the host; prompt tokens that each KV head may keep. Those of layers that read another's do
+                not count.
             room: per row, further slots of each region, for generated tokens.
             most_B: int, on the host; prompt tokens that any KV head of a row may come to keep once layers are shared
                 out. None if they will not be.
@@ -140,16 +164,24 @@ class ArenaCache:
             ValueError: the regions need more slots than there are.
         """
         room_B = torch.tensor(room)
-        capacity_BLH = keep_BLH + room_B[:, None, None]
+        capacity_BLH = torch.zeros_like(keep_BLH)
+        capacity_BLH[:, self.owners] = keep_BLH[:, self.owners] + room_B[:, None, None]
         needed = int(capacity_BLH.sum((1, 2)).max())
         if needed > self.shape.slots:
             raise ValueError(f"the regions need {needed} slots per row, the arena has {self.shape.slots}")
         self.capacity.copy_(capacity_BLH)
         self.offset.copy_(offsets(capacity_BLH))
+        self.follow_sources()
         if most_B is None:
             most_B = keep_BLH.amax((1, 2))
         if (most := int((most_B + room_B).max())) > self.most:
             self._grow(most)
+
+    def follow_sources(self) -> None:
+        """Point layers that read another's regions to where these are now, and to what they hold."""
+        if len(self.owners) < len(self.source):
+            for table in (self.offset, self.capacity, self.kept):
+                table.copy_(table[:, self.source])
 
     def share_out(self, layer_1: Tensor, keep_BH: Tensor, shared_BH: Tensor) -> None:
         """Move the borders between the regions of a layer; the layer stays where it is.
@@ -215,9 +247,8 @@ class ArenaCache:
         """Store one token per row and attend to everything kept; see `layers.cache.base.KVCache`."""
         slot_BLHT, counters = self._slot[..., None], (self.position, self._active_B)
         ragged_append(self.k, self.v, self.pos, slot_BLHT, layer_1, k_BTHD, v_BTHD, *counters)
-        tables = self.pos, self.offset, self.length, layer_1, self.position
         q_BND = q_BTND.squeeze(1)
-        o_BND, lse_BN = ragged_decode(q_BND, self.k, self.v, *tables, window, most=self.most)
+        o_BND, lse_BN = self._attention(layer_1, q_BND, window)
         if (rule := self.shape.evict) is not None:
             assert self.stat is not None and self.recent is not None and self.worst is not None
             ragged_worst(
@@ -238,3 +269,15 @@ class ArenaCache:
                 most=self.most,
             )
         return o_BND[:, None]
+
+    def read(self, layer_1: Tensor, q_BTND: Tensor, window: int | None) -> Tensor:
+        """Attend to everything kept, this step's token included; see `layers.cache.base.ReadableCache`.
+
+        Who reads has no say in what goes: that is chosen by the attention of the layer that owns the regions.
+        """
+        o_BND, _ = self._attention(layer_1, q_BTND.squeeze(1), window)
+        return o_BND[:, None]
+
+    def _attention(self, layer_1: Tensor, q_BND: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+        tables = self.pos, self.offset, self.length, layer_1, self.position
+        return ragged_decode(q_BND, self.k, self.v, *tables, window, most=self.most)

@@ -1,4 +1,4 @@
-"""What an attention layer asks of a cache: one verb."""
+"""What an attention layer asks of a cache: one verb; another one if the layer has no keys and values of its own."""
 
 from __future__ import annotations
 
@@ -22,6 +22,23 @@ class KVCache(Protocol):
             k_BTHD: new keys after RoPE.
             v_BTHD: new values.
             window: the layer's sliding window in tokens, or None.
+
+        Returns:
+            (B, T, N, D).
+        """
+        ...
+
+
+class ReadableCache(KVCache, Protocol):
+    """A cache in which a layer can read what an earlier one has stored."""
+
+    def read(self, layer_1: Tensor, q_BTND: Tensor, window: int | None) -> Tensor:
+        """Attend to everything visible of the layer that this one reads, the new tokens included.
+
+        Args:
+            layer_1: (1,) int64, index of the layer that reads.
+            q_BTND: its new queries after RoPE.
+            window: its sliding window in tokens, or None.
 
         Returns:
             (B, T, N, D).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -23,7 +24,8 @@ class PromptPass:
     The first chunk of a conversation attends to itself only. A later one attends to what earlier ones left; afterwards
     every head again holds at most its share of everything seen. Peak memory is the arena and one layer's dense keys and
     values, and a copy of the arena where regions move. Where layers compete for the model's total, nothing is laid out
-    or written before the last layer has been seen; until then what layers may still come to keep is staged.
+    or written before the last layer has been seen; until then what layers may still come to keep is staged. Dense keys
+    and values that other layers read stay until the last of them has.
 
     Args:
         cache: the arena; laid out anew here.
@@ -75,7 +77,7 @@ class PromptPass:
         self._adds = method.evict is not None and method.evict.accumulate
         self._past_stat = cache.stat.clone() if self._adds and cache.stat is not None else None
         self._keep_BLH, self._room, self._tokens = keep_BLH.to(device), room, len(self._past_C) + len(new_T)
-        self._staging = Staging(method.spreading, keep_BLH) if method.spreading else None
+        self._staging = Staging(method.spreading, keep_BLH[:, cache.owners]) if method.spreading else None
         if self._staging is None:
             self._lay_out(keep_BLH, method.most(keep_BLH, self._tokens))
             # A layer's past is copied before anything of the layer is written, so only layers that move are in danger.
@@ -83,6 +85,8 @@ class PromptPass:
                 self._past_k, self._past_v = cache.k.clone(), cache.v.clone()
         self._outputs, self._frequencies_Bd = iter(outputs), frequencies_Bd
         self._layer = 0
+        self._readers = Counter(source for layer, source in enumerate(cache.source) if source != layer)
+        self._dense: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def _lay_out(self, keep_BLH: Tensor, most_B: Tensor) -> None:
         self.cache.lay_out(keep_BLH, self._room, most_B=most_B)
@@ -94,7 +98,20 @@ class PromptPass:
         """Attend, then keep the layer's share; see `layers.cache.base.KVCache`."""
         k_BHSD, v_BHSD, pos_BHS = self._with_past(layer_1, k_BTHD, v_BTHD)
         o_BTND = ragged_prefill(q_BTND, k_BHSD, v_BHSD, pos_BHS, self.position_BT, window)
+        if self._layer in self._readers:
+            self._dense[self._layer] = k_BHSD, v_BHSD, pos_BHS
         self.keep(layer_1, q_BTND, k_BHSD, v_BHSD, pos_BHS, window)
+        return o_BTND
+
+    def read(self, layer_1: Tensor, q_BTND: Tensor, window: int | None) -> Tensor:
+        """Attend to all that the layer's source attended to; see `layers.cache.base.ReadableCache`."""
+        source = self.cache.source[self._layer]
+        o_BTND = ragged_prefill(q_BTND, *self._dense[source], self.position_BT, window)
+        self._readers[source] -= 1
+        if not self._readers[source]:
+            del self._dense[source]
+        next(self._outputs, None)
+        self._layer += 1
         return o_BTND
 
     def keep(
@@ -174,10 +191,12 @@ class PromptPass:
         """Make the cache ready to decode, once every layer has attended."""
         cache, sinks = self.cache, self.method.sinks
         if self._staging is not None:
-            keep_BLH = self._staging.budgets()
+            keep_BLH = torch.zeros(cache.offset.shape, dtype=torch.int64)
+            keep_BLH[:, cache.owners] = self._staging.budgets()
             self._lay_out(keep_BLH, keep_BLH.amax((1, 2)))
             for layer_1, tokens in self._staging.layers():
                 self._write(layer_1, self._keep_BLH.index_select(1, layer_1).squeeze(1), tokens)
+        cache.follow_sources()
         cache.ring_start.copy_(cache.kept.clamp(max=sinks) if self.method.ring_over_prompt else cache.kept)
         cache.position += self.new_B
         cache.begin_answer()

@@ -51,7 +51,8 @@ class Staging:
 
     Args:
         spreading: says what each layer may keep.
-        keep_BLH: int, on the host; tokens per KV head, of which the total of a row counts.
+        keep_BLH: int, on the host; tokens per KV head, of which the total of a row counts. L is the number of layers
+            that have a cache of their own, each of which will be added.
 
     Example:
         >>> from layers.compress.allocators import LayerPreference

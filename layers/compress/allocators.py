@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -35,6 +36,10 @@ class Allocator(Protocol):
 
     def surplus(self, *, num_layers: int, num_kv_heads: int) -> int:
         """Tokens beyond `budget * L * H` that rounding may give out at most, whatever budget and prompt: 0 if exact."""
+        ...
+
+    def of_layers(self, layers: Sequence[int]) -> Allocator:
+        """The same for a model that has only some of the layers, in this order."""
         ...
 
 
@@ -117,6 +122,10 @@ class Uniform:
         """None."""
         return 0
 
+    def of_layers(self, layers: Sequence[int]) -> Uniform:
+        """The same: every layer is treated alike."""
+        return self
+
 
 def uniform(*, protected: int) -> Uniform:
     """The same for every head, whatever is protected.
@@ -192,6 +201,10 @@ class HeadImportance:
         """Half a token per head if published rounding is asked for."""
         return num_layers * num_kv_heads // 2 if self.compat else 0
 
+    def of_layers(self, layers: Sequence[int]) -> HeadImportance:
+        """The importance of these layers' heads among each other."""
+        return replace(self, importance_LN=self.importance_LN[list(layers)])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pyramid:
@@ -241,6 +254,10 @@ class Pyramid:
     def surplus(self, *, num_layers: int, num_kv_heads: int) -> int:
         """What the steps' fractions come to if published rounding is asked for."""
         return num_kv_heads * num_layers * max(0, num_layers - 2) // 2 if self.compat else 0
+
+    def of_layers(self, layers: Sequence[int]) -> Pyramid:
+        """The same: only a layer's rank counts."""
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -309,6 +326,10 @@ class LayerErrors:
         """None."""
         return 0
 
+    def of_layers(self, layers: Sequence[int]) -> LayerErrors:
+        """The errors of these layers among each other."""
+        return replace(self, error_L=self.error_L[list(layers)])
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerTopK:
@@ -354,6 +375,10 @@ class LayerTopK:
     def surplus(self, *, num_layers: int, num_kv_heads: int) -> int:
         """Half a token per head if published rounding is asked for."""
         return num_layers * (num_kv_heads // 2) if self.compat else 0
+
+    def of_layers(self, layers: Sequence[int]) -> LayerTopK:
+        """The same: every layer is treated alike."""
+        return self
 
     def share(self, keep_BH: Tensor, score_BHS: Tensor, filled_BHS: Tensor) -> Tensor:
         """Share a layer's total out."""
@@ -432,6 +457,10 @@ class LayerPreference:
     def surplus(self, *, num_layers: int, num_kv_heads: int) -> int:
         """None, nor with published rounding, which gives out too little."""
         return 0
+
+    def of_layers(self, layers: Sequence[int]) -> LayerPreference:
+        """The same: what a layer wants is seen in a prompt."""
+        return self
 
     def preference(self, seen: Observation) -> Tensor:
         """Dispersion and shift of the layer's attention."""

@@ -35,6 +35,7 @@ class Method:
             they replace the oldest.
         default_budget: tokens per KV head when the user names none; None for a method that keeps everything.
         refine: scores a layer's tokens anew once each head's budget is known; None where one look is enough.
+        shared_layers: share of the layers that read an earlier layer's keys and values instead of their own.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Method:
     evict: ReplaceWorst | None = None
     default_budget: int | None = 128
     refine: Refiner | None = None
+    shared_layers: float = 0.0
 
     def __post_init__(self) -> None:
         least = 0 if self.evict else 1
@@ -62,6 +64,8 @@ class Method:
                 f"{self.name} needs each layer's budget at once, and layers that compete for the model's total have "
                 "theirs at the end only: choose another allocator"
             )
+        if not 0 <= self.shared_layers < 1:
+            raise ValueError(f"{self.name}: the share must be from 0 to below 1, not {self.shared_layers}")
 
     @property
     def protected(self) -> int:
