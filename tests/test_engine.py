@@ -159,6 +159,55 @@ def test_a_budget_that_holds_everything_changes_nothing(spec, windows):
 
 
 @pytest.mark.parametrize("spec", SPECS)
+def test_a_snapshot_repeats_to_the_bit(loaded, spec):
+    engine = Engine(loaded, cache=small(spec), budget=24, max_new_tokens=3, max_context=300)
+
+    def go_on(logits):
+        outputs = []
+        for _ in range(5):  # more than there is room for, so that tokens are replaced
+            outputs.append(logits := engine.step(logits.argmax(-1), [True, False]))
+        outputs.append(engine.extend(tokens(70, 9, seed=1)))
+        return [*outputs, engine.step([1, 2]), engine.stats().kept]
+
+    engine.prefill(tokens(50, 90))
+    logits = engine.step([3, 4])
+    places = engine.cache.k.data_ptr(), engine.cache.offset.data_ptr()
+    before = engine.snapshot()
+    first = go_on(logits)
+    for _ in range(2):
+        engine.restore(before)
+        assert engine.stats().tokens_seen == [51, 91]
+        assert all(map(torch.equal, go_on(logits), first))
+    assert (engine.cache.k.data_ptr(), engine.cache.offset.data_ptr()) == places
+
+
+def test_a_snapshot_is_of_one_engine_and_number_of_rows(loaded):
+    engine = Engine(loaded, cache="full", max_context=64)
+    with pytest.raises(ValueError, match="call prefill first"):
+        engine.snapshot()
+    engine.prefill(tokens(5))
+    before = engine.snapshot()
+    with pytest.raises(ValueError, match="another engine"):
+        Engine(loaded, cache="full", max_context=64).restore(before)
+    engine.prefill(tokens(5, 6))
+    with pytest.raises(ValueError, match="number of rows"):
+        engine.restore(before)
+
+
+def test_a_snapshot_ends_answers_and_knows_pending_tokens(loaded):
+    engine = Engine(loaded, cache="full", max_context=64)
+    answer = engine.stream(tokens(9)[0], max_new_tokens=4)
+    said = next(answer)  # handed out, not yet in the cache
+    before = engine.snapshot()
+    want = engine.extend(tokens(3, seed=1))
+    engine.restore(before)
+    with pytest.raises(ValueError, match="cannot go on"):
+        next(answer)
+    assert torch.equal(engine.extend(tokens(3, seed=1)), want)
+    close(want[0], dense(loaded, [*tokens(9)[0], said, *tokens(3, seed=1)[0]]))
+
+
+@pytest.mark.parametrize("spec", SPECS)
 def test_a_ragged_batch_equals_each_row_alone(loaded, spec):
     options = {"cache": small(spec), "budget": 24, "max_new_tokens": 6, "max_context": 300}
     prompts, more = tokens(150, 9, 61), tokens(5, 40, 17, seed=1)

@@ -51,6 +51,27 @@ class Stats:
     prefill: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """A conversation as it was; made by `Engine.snapshot`.
+
+    Args:
+        cache: whose contents it holds.
+        contents: copies of the cache's tensors.
+        frequencies_Bd: of the conversation's rotation.
+        tokens_seen: per row.
+        pending: per row, tokens handed out that the cache does not hold yet.
+        prefill: see `Stats`.
+    """
+
+    cache: ArenaCache
+    contents: dict[str, Tensor]
+    frequencies_Bd: Tensor
+    tokens_seen: tuple[int, ...]
+    pending: tuple[tuple[int, ...], ...]
+    prefill: str
+
+
 class Engine:
     """Runs a model over a cache of fixed size.
 
@@ -298,6 +319,53 @@ class Engine:
         self._check(rows, seen=[n + len(ids) for n, ids in zip(self.tokens_seen, self._pending, strict=True)])
         self._turn = object()
         return self._take_in([[*pending, *ids] for pending, ids in zip(self._pending, rows, strict=True)])
+
+    @torch.inference_mode()
+    def snapshot(self) -> Snapshot:
+        """Copy the conversation, so that `restore` can come back to it as often as wanted.
+
+        A snapshot takes as much memory as the cache. It does not hold the logits that led here; keep them beside it.
+
+        Returns:
+            The copy, which nothing changes any more.
+
+        Raises:
+            ValueError: no conversation has begun.
+        """
+        if not all(self.tokens_seen):
+            raise ValueError("snapshot needs a conversation: call prefill first")
+        return Snapshot(
+            cache=self.cache,
+            contents=self.cache.save(),
+            frequencies_Bd=self._frequencies_Bd.clone(),
+            tokens_seen=tuple(self.tokens_seen),
+            pending=tuple(map(tuple, self._pending)),
+            prefill=self._prefill,
+        )
+
+    @torch.inference_mode()
+    def restore(self, snapshot: Snapshot) -> None:
+        """Continue from a snapshot: every later call gives what it would have given then, to the bit.
+
+        Tensors are written where they are, so captured graphs stay valid. An answer that is being streamed ends.
+
+        Args:
+            snapshot: of this engine, since whose making no prompt had another number of rows.
+
+        Raises:
+            ValueError: it is another engine's, **or** the number of rows has changed since.
+        """
+        if snapshot.cache is not self.cache:
+            raise ValueError(
+                "this snapshot is of another engine, or of another number of rows: restore it where it was made, "
+                "before a prompt with another number of rows"
+            )
+        self.cache.load(snapshot.contents)
+        self._frequencies_Bd.copy_(snapshot.frequencies_Bd)
+        self._turn = object()
+        self.tokens_seen = list(snapshot.tokens_seen)
+        self._pending = [list(ids) for ids in snapshot.pending]
+        self._prefill = snapshot.prefill
 
     def _check(self, prompts: list[list[int]], seen: list[int]) -> None:
         if not prompts:

@@ -145,10 +145,39 @@ class ArenaCache:
         """
         part = copy(self)
         part.shape = replace(self.shape, batch=rows)
-        for name, tensor in vars(self).items():
-            if isinstance(tensor, Tensor) and tensor is not self._span:
-                setattr(part, name, tensor[:rows])
+        for name, tensor in self._tensors().items():
+            setattr(part, name, tensor[:rows])
         return part
+
+    def save(self) -> dict[str, Tensor]:
+        """Copy everything that prompts and steps change.
+
+        Returns:
+            Copies by attribute, for `load`.
+
+        Example:
+            >>> shape = ArenaShape(batch=1, num_layers=1, num_kv_heads=1, head_dim=4, slots=8, dtype=torch.float32)
+            >>> cache = ArenaCache(shape, "cpu")
+            >>> saved = cache.save()
+            >>> _ = cache.position.add_(5)
+            >>> cache.load(saved)
+            >>> cache.position.tolist()
+            [0]
+        """
+        return {name: tensor.clone() for name, tensor in self._tensors().items()}
+
+    def load(self, saved: dict[str, Tensor]) -> None:
+        """Make the contents those that this cache had when `save` copied them; all tensors stay where they are.
+
+        Args:
+            saved: what `save` returned.
+        """
+        for name, tensor in self._tensors().items():
+            tensor.copy_(saved[name])
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Contents, tables and counters; `most` is none of them, for it only ever grows."""
+        return {n: value for n, value in vars(self).items() if isinstance(value, Tensor) and value is not self._span}
 
     def lay_out(self, keep_BLH: Tensor, room: list[int], *, most_B: Tensor | None = None) -> None:
         """Give every region its place.
