@@ -45,7 +45,7 @@ class ChatTemplate:
     """
 
     def __init__(self, text: str, origin: str, variables: Mapping[str, str]) -> None:
-        self._origin, self._variables = origin, dict(variables)
+        self.text, self._origin, self._variables = text, origin, dict(variables)
         try:
             with _deadline():
                 self._template = _environment().from_string(text)
