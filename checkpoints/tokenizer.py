@@ -58,6 +58,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """Text of ids; `skip_special` leaves control tokens out."""
 
+    def texts(self) -> list[str]:
+        """Text of each id alone, with the space that it begins with; "" where there is no such id."""
+
     def stream(self, *, skip_special: bool = False) -> StreamDecoder:
         """A decoder for ids that arrive one by one; its pieces joined are `decode` of them all."""
 

@@ -140,6 +140,14 @@ class VocabTokenizer:
         stream = self.stream(skip_special=skip_special)
         return "".join([*map(stream.push, ids), stream.flush()])
 
+    def texts(self) -> list[str]:
+        """Text of each id alone, with the space that it begins with.
+
+        Returns:
+            As many as the vocabulary has; "" where there is no such id, U+FFFD for bytes that are no whole character.
+        """
+        return [(piece or b"").decode(errors="replace") for piece in self.pieces]
+
     def stream(self, *, skip_special: bool = False) -> ByteStream:
         """A decoder for ids that arrive one by one; all that it returns, joined, is `decode` of them."""
         return ByteStream(lambda token_id: self._bytes(token_id, skip_special), strips_space=self.strips_space)

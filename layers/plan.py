@@ -14,7 +14,7 @@ TABLES_PER_HEAD = 6
 TABLES_PER_EVICTING_HEAD = 2
 FP32_BYTES = 4
 COUNTERS_PER_ROW = 2
-FLAG_BYTES_PER_ROW = 1
+FLAG_BYTES = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,7 @@ class ArenaShape:
         slots: places for one token of one KV head, per row, all layers together.
         dtype: of keys and values.
         evict: how tokens are replaced while decoding, if they are chosen by attention: takes a statistic per slot.
+        context: positions of a row of which it is known whether a sentence ends there; 0 where nobody asks.
 
     Example:
         >>> shape = ArenaShape(batch=1, num_layers=2, num_kv_heads=1, head_dim=4, slots=10, dtype=torch.float32)
@@ -43,6 +44,7 @@ class ArenaShape:
     slots: int
     dtype: torch.dtype
     evict: ReplaceWorst | None = None
+    context: int = 0
 
     @property
     def slot_bytes(self) -> int:
@@ -51,10 +53,10 @@ class ArenaShape:
 
     @property
     def row_overhead_bytes(self) -> int:
-        """Bytes of one row's tables, counters and flag."""
+        """Bytes of one row's tables, counters and flags."""
         tables = TABLES_PER_HEAD + (TABLES_PER_EVICTING_HEAD if self.evict else 0)
         numbers = tables * self.num_layers * self.num_kv_heads + COUNTERS_PER_ROW
-        return INT32_BYTES * numbers + FLAG_BYTES_PER_ROW
+        return INT32_BYTES * numbers + FLAG_BYTES * (1 + self.context)
 
     @property
     def nbytes(self) -> int:

@@ -138,9 +138,10 @@ class Replay:
             slots=int((self._keep(len(record.ids) + later) + self._room).sum((1, 2)).max()),
             dtype=k_BHSD.dtype,
             evict=method.evict,
+            context=len(record.ids) + later if method.sentences else 0,
         )
         self.cache = ArenaCache(shape, k_BHSD.device)
-        chunk = _Replay(self.cache, method, **self._arguments(len(record.ids), len(record.ids)))
+        chunk = _Replay(self.cache, method, **self._arguments(len(record.ids), record.ids))
         pos_BHS = chunk.position_BT[:, None].expand(rows, config.num_kv_heads, -1)
         for index, layer in enumerate(record.layers):
             q_BTND, k_BHSD, v_BHSD = (x.expand(rows, -1, -1, -1) for x in (layer.q_BTND, layer.k_BHSD, layer.v_BHSD))
@@ -154,14 +155,18 @@ class Replay:
         sizes = {"num_layers": config.num_layers, "num_kv_heads": config.num_kv_heads}
         return torch.stack([self._method.shares(budget=b, prompt=tokens, **sizes) for b in self._budgets])
 
-    def _arguments(self, seen: int, new: int) -> dict[str, Any]:
-        rows = len(self._budgets)
+    def _arguments(self, seen: int, new: list[int]) -> dict[str, Any]:
+        rows, loaded, ends_BT = len(self._budgets), self.record.loaded, None
+        if self._method.sentences:
+            ids_BT = torch.tensor([new] * rows, device=self.cache.k.device)
+            ends_BT = loaded.sentences(ids_BT, [len(new)] * rows)
         return {
             "keep_BLH": self._keep(seen),
             "room": [self._room] * rows,
-            "new_tokens": [new] * rows,
-            "outputs": [block.attention.out for block in cast("list[Block]", self.record.loaded.model.blocks)],
+            "new_tokens": [len(new)] * rows,
+            "outputs": [block.attention.out for block in cast("list[Block]", loaded.model.blocks)],
             "frequencies_Bd": self.frequencies_Bd,
+            "ends_BT": ends_BT,
         }
 
     @torch.inference_mode()
@@ -169,7 +174,7 @@ class Replay:
         """Take in a further turn, the same in every row."""
         model, rows = self.record.loaded.model, len(self._budgets)
         self._seen += len(ids)
-        chunk = PromptPass(self.cache, self._method, **self._arguments(self._seen, len(ids)))
+        chunk = PromptPass(self.cache, self._method, **self._arguments(self._seen, ids))
         rotation = model.rope.rotation(chunk.position_BT, self.frequencies_Bd)
         x_BTE = model.hidden(torch.tensor([ids] * rows, device=self.cache.k.device), rotation, chunk)
         chunk.finish()
@@ -268,6 +273,7 @@ def _joined(caches: Sequence[ArenaCache]) -> ArenaCache:
         caches[0].shape,
         batch=sum(cache.shape.batch for cache in caches),
         slots=max(cache.shape.slots for cache in caches),
+        context=max(cache.shape.context for cache in caches),
     )
     joined = ArenaCache(shape, caches[0].k.device, most=max(cache.most for cache in caches))
     first = 0
@@ -276,8 +282,8 @@ def _joined(caches: Sequence[ArenaCache]) -> ArenaCache:
         for name, tensor in vars(cache).items():
             if isinstance(tensor, Tensor) and len(tensor) == cache.shape.batch:
                 part = getattr(rows, name)[first:]
-                if tensor.ndim > 1 and tensor.shape[1] == cache.shape.slots:
-                    part = part[:, : cache.shape.slots]
+                if tensor.ndim > 1:
+                    part = part[:, : tensor.shape[1]]
                 part.copy_(tensor)
         first += cache.shape.batch
     return joined

@@ -1,5 +1,6 @@
 """The parts of compression against naive loops written from the papers' formulas."""
 
+import importlib
 import math
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from layers.cache.prompt import PromptPass
 from layers.compress.allocators import HeadImportance, LayerErrors, LayerPreference, LayerTopK, Pyramid, Uniform
 from layers.compress.refiners import ProjectedValues, projected_norms
 from layers.compress.scorers import ExpectedAttention, KeyDifference, Observation, WindowAttention
+from layers.compress.sentences import SentenceEnds, spread_within_sentences
 from layers.linear import Linear
 from layers.methods import allocator_names, build_method, method_names, needs_importance
 from layers.plan import ArenaShape, offsets
@@ -82,6 +84,32 @@ def test_window_attention_is_the_formula(rows, group, heads, sliding):
             for s in range(length):
                 want = max(score[max(0, s - ahead) : s + behind + 1])
                 assert got[row, h, s] == pytest.approx(want, abs=1e-6)
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_scores_spread_up_to_the_end_of_their_sentence(data):
+    S = data.draw(st.integers(1, 40))
+    ahead, behind, always = (data.draw(st.integers(0, most)) for most in (45, 6, 50))
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    score, ends = torch.rand(2, 3, S) ** 9, torch.rand(2, 3, S) < data.draw(st.sampled_from([0, 0.1, 0.5]))
+    got = spread_within_sentences(score, ends, ahead=ahead, behind=behind, always=always)
+    for row in range(2):
+        for head in range(3):
+            of, last = score[row, head].tolist(), ends[row, head].tolist()
+            for j in range(S):
+                before = [of[i] for i in range(j + 1) if j - i <= always or (j - i <= ahead and not any(last[i:j]))]
+                after = [of[i] for i in range(j, S) if i - j <= behind and not any(last[j:i])]
+                assert got[row, head, j] == max(before + after)
+
+
+def test_the_last_token_of_a_chunk_ends_a_sentence_as_if_space_followed():
+    ends = SentenceEnds.from_texts(["<s>", "a", " a", ".", '."', "。", " \n", "x\ny", "!)"], special={0})
+    rows = [[1, 3, 1, 3], [2, 3, 2, 0], [4, 2, 8, 1], [5, 1, 6, 0], [3, 0, 7, 4]]
+    want = [[0, 0, 0, 1], [0, 1, 0, None], [1, 0, 0, 0], [1, 0, 1, None], [1, 1, 1, 1]]
+    got = ends(torch.tensor(rows), [4, 3, 4, 3, 4]).int().tolist()
+    for flags, wanted in zip(got, want, strict=True):
+        assert all(b in (a, None) for a, b in zip(flags, wanted, strict=True))
 
 
 def test_window_scores_ignore_what_empty_places_hold():
@@ -490,6 +518,16 @@ def test_methods_build_and_describe_themselves(name):
             build_method(name)
 
 
+def test_methods_with_presets_know_when_they_need_sentences():
+    modules = {name: importlib.import_module(f"layers.methods.{name.replace('-', '_')}") for name in method_names()}
+    offer = [name for name, module in modules.items() if hasattr(module, "PRESETS")]
+    assert {"snapkv", "headkv", "adakv", "pyramidkv", "compresskv"} <= set(offer)
+    for name in [f"{name}:" for name in offer] + ["criticalkv+snapkv:"]:
+        assert build_method(f"{name}preset=adaptive", IMPORTANCE).sentences
+        assert build_method(f"{name}stop=sentence,pooling=max", IMPORTANCE).sentences
+        assert not build_method(f"{name}preset=tuned", IMPORTANCE).sentences
+
+
 @pytest.mark.parametrize("allocator", allocator_names())
 @pytest.mark.parametrize(
     "name", [name for name in method_names() if name not in ("full", "criticalkv", "kvsharer", "tova")]
@@ -665,7 +703,11 @@ def test_a_calibration_without_what_a_method_needs_says_what_makes_it(spec, miss
         ("snapkv:window=x", "takes int"),
         ("snapkv:window=0", "window must be at least 1"),
         ("snapkv:rows=sum", "must be"),
-        ("snapkv:preset=best", "no preset"),
+        ("snapkv:preset=best", "no preset 'best': choose from published, tuned, adaptive"),
+        ("snapkv:stop=word", "stop must be"),
+        ("snapkv:always=4", "it needs stop=sentence"),
+        ("snapkv:stop=sentence,pooling=mean", "stop=sentence needs pooling=max"),
+        ("snapkv:stop=sentence,always=-1", "always at least 0"),
         ("headkv:beta=0.5", "at least 1"),
         ("headkv:scores=r3", "kind 'r3'"),
         ("headkv:compat=maybe", "takes bool"),

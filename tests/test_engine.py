@@ -47,7 +47,9 @@ def make_loaded(
     model = Decoder(config).eval().requires_grad_(False)
     for name, weight in model.named_parameters():
         torch.nn.init.ones_(weight) if "norm" in name else torch.nn.init.normal_(weight, std=0.3)
-    return Loaded(name="tiny", model=model, tokenizer=None, chat=SimpleNamespace(stop_ids=frozenset()), config=config)
+    texts = [" a", "b", "c", " d", "."] * V
+    signs = SimpleNamespace(special_tokens={"<end>": 0}, texts=lambda: texts[:V])
+    return Loaded(name="tiny", model=model, tokenizer=signs, chat=SimpleNamespace(stop_ids=frozenset()), config=config)
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +94,7 @@ def variants(name):
 
 
 SPECS = [spec for name in method_names() for spec in variants(name)] + [
+    "snapkv:preset=adaptive",
     "headkv:scores=r,beta=1.01",
     "headkv:compat=true",
     "adakv:compat=true,alpha=0.5",
@@ -331,14 +334,15 @@ def test_decoding_equals_dense_attention_masked_to_the_kept_sets(spec, heads):
     lengths, T = [70, 25, 9], 70
     keep = torch.stack([method.allocator(budget=16, prompt=n, num_layers=1, num_kv_heads=H) for n in lengths])
     slots = int((keep + room).sum((1, 2)).max())
-    cache = ArenaCache(
-        ArenaShape(batch=3, num_layers=1, num_kv_heads=H, head_dim=D, slots=slots, dtype=torch.float32), "cpu"
-    )
+    shape = ArenaShape(batch=3, num_layers=1, num_kv_heads=H, head_dim=D, slots=slots, dtype=torch.float32)
+    cache = ArenaCache(replace(shape, context=T if method.sentences else 0), "cpu")
     layer = torch.tensor([0])
     q, k, v = torch.randn(3, T + 50, N, D), torch.randn(3, T + 50, H, D), torch.randn(3, T + 50, H, D)
     out = Linear(N * D, 16)
     torch.nn.init.normal_(out.weight)
     looked_at = {"outputs": [out], "frequencies_Bd": torch.rand(3, D // 2)}
+    if method.sentences:
+        looked_at["ends_BT"] = torch.rand(3, T) < 0.2
     prompt = PromptPass(cache, method, keep_BLH=keep, room=[room] * 3, new_tokens=lengths, **looked_at)
     prompt.attend(layer, q[:, :T], k[:, :T], v[:, :T], sliding)
     prompt.finish()
@@ -706,6 +710,36 @@ def test_a_rule_and_a_cache_must_fit(loaded):
         replace(build_method("tova"), allocator=build_method("pyramidkv").allocator)
     with pytest.raises(ValueError, match="needs no decode_room: leave it out"):
         Engine(loaded, cache="h2o", decode_room=5)
+
+
+def test_where_sentences_end_is_forgotten_with_the_conversation(loaded):
+    """Position by position: prompts from the tokenizer, generated tokens as if they ended nothing."""
+    engine = Engine(loaded, cache="snapkv:preset=adaptive", budget=40, max_new_tokens=8, max_context=90, chunk_tokens=7)
+    dots, words = [1, 4, 3] * 8, [1, 2, 6]
+    engine.prefill([dots, words])
+    for _ in range(3):
+        engine.step([4, 4])
+    engine.extend([[4, 3, 0], [4, 1, 9]])
+    row = [False, True, False] * 8 + [False] * 3 + [True, False, True]
+    assert engine.cache.ends[0].tolist() == row + [False] * (90 - len(row))
+    assert engine.cache.ends[1].nonzero().flatten().tolist() == [8]  # "." before "b" ends nothing, but the last does
+    kept = engine.prefill([words * 9]), engine.cache.pos.clone()
+    assert not engine.cache.ends.any()
+    fresh = Engine(loaded, cache="snapkv:preset=adaptive", budget=40, max_new_tokens=8, max_context=90, chunk_tokens=7)
+    assert torch.equal(fresh.prefill([words * 9]), kept[0]) and torch.equal(fresh.cache.pos, kept[1])
+
+
+def test_without_knowing_where_sentences_end(loaded):
+    mute = replace(loaded, tokenizer=None)
+    with pytest.raises(ValueError, match="tiny has no tokenizer to say where sentences end: load one"):
+        Engine(mute, cache="snapkv:preset=adaptive", budget=40).prefill(tokens(50))
+    shape = ArenaShape(batch=1, num_layers=1, num_kv_heads=1, head_dim=8, slots=90, dtype=torch.float32, context=40)
+    sizes = {"keep_BLH": torch.full((1, 1, 1), 40), "room": [1], "new_tokens": [50]}
+    method, x = build_method("snapkv:preset=adaptive"), torch.randn(1, 50, 1, 8)
+    with pytest.raises(ValueError, match="needs to know where sentences end: give PromptPass ends_BT"):
+        PromptPass(ArenaCache(shape, "cpu"), method, **sizes).attend(torch.tensor([0]), x, x, x, None)
+    with pytest.raises(ValueError, match="for 40 tokens of each row, and there are 50: plan"):
+        PromptPass(ArenaCache(shape, "cpu"), method, **sizes, ends_BT=torch.zeros(1, 50, dtype=torch.bool))
 
 
 def test_a_failed_allocation_leaves_the_engine_as_it_was(loaded, monkeypatch):

@@ -23,6 +23,7 @@ from layers.plan import ArenaShape
 
 L, H, D, E, STEPS, ROOM = 4, 2, 4, 6, 50, 7
 TUNED = {"window": 32, "rows": max, "group": max, "pool": max, "ahead": 12, "behind": 0, "sinks": 4, "recent": 4}
+ADAPTIVE = TUNED | {"ahead": 24, "always": 4}
 
 
 def mean(numbers):
@@ -64,11 +65,23 @@ def observed(turn, head, setting):
     return [setting["rows"]([w[c] for w in weights]) for c in range(len(places))]
 
 
-def pooled(votes, places, setting, protected):
+def pooled(votes, places, setting, protected, ends):
     """The largest or the mean of each number and its neighbours; protected ones and those beyond the ends are 0."""
     votes = [0.0 if j in protected else vote for j, vote in zip(places, votes, strict=True)]
+    if "always" in setting:
+        return up_to_ends(votes, [ends[j] for j in places], setting["ahead"], setting["always"])
     padded = [0.0] * setting["ahead"] + votes + [0.0] * setting["behind"]
     return [setting["pool"](padded[c : c + setting["ahead"] + setting["behind"] + 1]) for c in range(len(places))]
+
+
+def up_to_ends(votes, ends, ahead, always):
+    """A vote holds for what follows until its sentence ends."""
+    scores = list(votes)
+    for i, vote in enumerate(votes):
+        for j in range(i + 1, min(i + ahead, len(votes) - 1) + 1):
+            if j <= i + always or not any(ends[i:j]):
+                scores[j] = max(scores[j], vote)
+    return scores
 
 
 def window_scores(turn, h, setting, protected):
@@ -76,7 +89,7 @@ def window_scores(turn, h, setting, protected):
     places = turn.candidates[h]
     of_heads = [observed(turn, head, setting) for head in range(h * turn.G, (h + 1) * turn.G)]
     votes = [setting["group"]([of_head[c] for of_head in of_heads]) for c in range(len(places))]
-    return pooled(votes, places, setting, protected)
+    return pooled(votes, places, setting, protected, turn.ends)
 
 
 def compresskv_scores(turn, setting, protected, semantic):
@@ -85,7 +98,7 @@ def compresskv_scores(turn, setting, protected, semantic):
     by_place = []
     for head in best_heads:
         places = turn.candidates[head // turn.G]
-        votes = pooled(observed(turn, head, setting), places, setting, protected)
+        votes = pooled(observed(turn, head, setting), places, setting, protected, turn.ends)
         by_place.append(dict(zip(places, votes, strict=True)))
     return [[setting["group"]([vote.get(j, 0.0) for vote in by_place]) for j in places] for places in turn.candidates]
 
@@ -386,6 +399,8 @@ ORACLES = {
     "snapkv": window(published(32)),
     "snapkv:preset=tuned": window(TUNED),
     "headkv": window(TUNED, headkv(3.0)),
+    "snapkv:preset=adaptive": window(ADAPTIVE),
+    "headkv:preset=adaptive,beta=1.01": window(ADAPTIVE, headkv(1.01)),
     "headkv:preset=published,beta=1.01": window(published(8), headkv(1.01)),
     "adakv": window(published(32), choose=flat()),
     "adakv:preset=tuned": window(TUNED, choose=flat()),
@@ -398,6 +413,7 @@ ORACLES = {
     "snapkv:preset=tuned,pooling=mean": window(TUNED | {"pool": mean}),
     "compresskv": window(SHARED, compresskv()),
     "compresskv:preset=tuned": window(TUNED | {"voters": 4}, compresskv()),
+    "compresskv:preset=adaptive": window(ADAPTIVE | {"voters": 4}, compresskv()),
     "compresskv:floor=10,ceiling=1.4,heads=2": window(SHARED | {"voters": 2}, compresskv(10, 1.4)),
     "compresskv:allocator=headkv,beta=1.01": window(SHARED, headkv(1.01)),
     "compresskv:preset=tuned,allocator=adakv": window(TUNED | {"voters": 4}, choose=flat()),
@@ -442,8 +458,8 @@ ORACLES = {
 class Turn:
     """A layer of one row: new tokens from `first` to `end`, and what each head has of the past."""
 
-    def __init__(self, q, k, v, out, frequencies, held, first, end):
-        self.q, self.k, self.v, self.out, self.frequencies = q, k, v, out, frequencies
+    def __init__(self, q, k, v, ends, out, frequencies, held, first, end):
+        self.q, self.k, self.v, self.ends, self.out, self.frequencies = q, k, v, ends, out, frequencies
         self.first, self.end, self.G = first, end, len(q[0]) // H
         self.candidates = [[*sorted(head), *range(first, end)] for head in held]
 
@@ -474,11 +490,12 @@ class Turn:
 class Loop:
     """What a conversation's rows hold, position by position, and what they answer."""
 
-    def __init__(self, oracle, q, k, v, outputs, frequencies, budget, room, importance):
+    def __init__(self, oracle, q, k, v, ends, outputs, frequencies, budget, room, importance):
         self.outputs = [out.weight.double().tolist() for out in outputs]  # [layer][width][head and d]
         self.frequencies = [tuple(row) for row in frequencies.double().tolist()]
         self.oracle, self.budget, self.room, self.importance = oracle, budget, room, importance
         self.q, self.k, self.v = ([row.tolist() for row in x.double()] for x in (q, k, v))  # [layer][row][t][head][d]
+        self.ends = ends.tolist()
         self.rows = range(q.shape[1])
         self.held = [[[[] for _ in range(H)] for _ in self.rows] for _ in range(L)]
         self.seen = [0 for _ in self.rows]
@@ -489,9 +506,8 @@ class Loop:
             turns = []
             for layer in range(L):
                 tensors = (x[layer][row] for x in (self.q, self.k, self.v))
-                turns.append(
-                    Turn(*tensors, self.outputs[layer], self.frequencies[row], self.held[layer][row], first, end)
-                )
+                others = self.ends[row], self.outputs[layer], self.frequencies[row]
+                turns.append(Turn(*tensors, *others, self.held[layer][row], first, end))
             budgets = self.spread(turns)
             for layer, turn in enumerate(turns):
                 self.held[layer][row] = turn.keep(self.oracle, layer, self.budget, self.importance, budgets)
@@ -514,6 +530,7 @@ class Loop:
         self.generated += 1
         for layer in range(L):
             for row in self.rows:
+                self.ends[row][self.seen[row]] = False  # nobody looks at generated tokens
                 for held, kept in zip(self.held[layer][row], self.kept[layer][row], strict=True):
                     if self.generated > self.room:
                         sinks = self.oracle.get("sinks")
@@ -596,7 +613,7 @@ def held_by(cache, row, layer, h):
     return cache.pos[row, start : start + length].tolist()
 
 
-def take_in(cache, method, tensors, outputs, frequencies_Bd, seen, lengths, budget, room):
+def take_in(cache, method, tensors, ends, outputs, frequencies_Bd, seen, lengths, budget, room):
     """One turn through our parts; returns the outputs of every layer."""
     keep_BLH = torch.stack(
         [
@@ -605,8 +622,10 @@ def take_in(cache, method, tensors, outputs, frequencies_Bd, seen, lengths, budg
         ]
     )
     sizes = {"keep_BLH": keep_BLH, "room": [method.room(room)] * len(seen), "new_tokens": lengths}
-    chunk = PromptPass(cache, method, **sizes, outputs=outputs, frequencies_Bd=frequencies_Bd)
     most = max(lengths)
+    if method.sentences:
+        sizes["ends_BT"] = torch.stack([ends[row, n : n + most] for row, n in enumerate(seen)])
+    chunk = PromptPass(cache, method, **sizes, outputs=outputs, frequencies_Bd=frequencies_Bd)
     out = []
     for layer in range(L):
         q, k, v = (torch.stack([x[layer, row, n : n + most] for row, n in enumerate(seen)]) for x in tensors)
@@ -627,14 +646,15 @@ def test_a_method_is_its_papers_formulas(spec, G, lengths):
     outputs, frequencies_Bd = [Linear(G * H * D, E) for _ in range(L)], torch.rand(B, D // 2)
     for out in outputs:
         torch.nn.init.normal_(out.weight)
+    ends = torch.rand(B, total) < 0.1
     budget, room = (1000, 2 * STEPS) if spec == "full" else (40, ROOM)
     method = build_method(spec, importance)
     slots = (200 + room) * L * H if spec == "full" else (budget + room) * L * H + 10  # what published rounding adds
     shape = ArenaShape(batch=B, num_layers=L, num_kv_heads=H, head_dim=D, slots=slots, dtype=torch.float32)
-    cache = ArenaCache(replace(shape, evict=method.evict), "cpu")
+    cache = ArenaCache(replace(shape, evict=method.evict, context=total if method.sentences else 0), "cpu")
     loop = EvictingLoop if method.evict else Loop
     as_lists = {kind: scores.double().tolist() for kind, scores in importance.items()}
-    loop = loop(ORACLES[spec], q, k, v, outputs, frequencies_Bd, budget, room, as_lists)
+    loop = loop(ORACLES[spec], q, k, v, ends, outputs, frequencies_Bd, budget, room, as_lists)
 
     def compare(when):
         for layer in range(L):
@@ -644,7 +664,7 @@ def test_a_method_is_its_papers_formulas(spec, G, lengths):
                     assert sorted(got) == sorted(want), f"{when}: layer {layer}, row {row}, head {h}"
 
     for turn, new in enumerate((lengths, more)):
-        answers = take_in(cache, method, (q, k, v), outputs, frequencies_Bd, loop.seen, new, budget, room)
+        answers = take_in(cache, method, (q, k, v), ends, outputs, frequencies_Bd, loop.seen, new, budget, room)
         before = [[[list(head) for head in row] for row in layer] for layer in loop.held]
         loop.take_in(new)
         compare(f"turn {turn}")

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,6 +36,11 @@ class Words:
 
     def decode(self, ids: list[int]) -> str:
         return " ".join(map(str, ids))
+
+    special_tokens = MappingProxyType({"<user>": 0})
+
+    def texts(self) -> list[str]:
+        return [" word", "word", ".", "\n"] * 24 + [" last"]
 
     def fingerprint(self) -> str:
         return "words"
@@ -229,6 +234,7 @@ SPECS = [
     "headkv:window=16",
     "headkv:preset=published,beta=1.1,scores=r",
     "snapkv:window=8,recent=8",
+    "snapkv:preset=adaptive",
     "streaming",
     "adakv:preset=tuned",
     "pyramidkv:preset=tuned",

@@ -22,6 +22,7 @@ import pytest
 import sentencepiece
 import tiktoken
 import tokenizers
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
@@ -30,6 +31,7 @@ from checkpoints.errors import CheckpointError
 from checkpoints.gguf import GgufFile
 from checkpoints.resolve import resolve
 from checkpoints.tokenizer import Tokenizer, load_tokenizer
+from layers.compress.sentences import SentenceEnds
 
 # ---------------------------------------------------------------- awkward strings
 
@@ -472,6 +474,23 @@ def test_decoding_gives_the_text_back_whole_or_streamed(name: str, load: Load) -
         pieces = [*map(stream.push, ids), stream.flush()]
         assert "".join(pieces) == tokenizer.decode(ids), repr(text)
         assert "\ufffd" not in "".join(pieces[:-1]) or "\ufffd" in text, repr(text)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_texts_of_single_ids_tell_where_sentences_end(name: str, load: Load) -> None:
+    _, tokenizer = load(name)
+    texts, special = tokenizer.texts(), tokenizer.special_tokens
+    assert len(texts) == tokenizer.vocab_size and all(texts[i] == text for text, i in special.items())
+    ends = SentenceEnds.from_texts(texts, special=set(special.values()))
+    text = 'Pi is 3.14, e.g. here: "No!" Why? (Yes.) Wait… a.b\nTo: x\n\nEnd.'
+    ids = [*tokenizer.encode(text), max(special.values())]
+    assert "".join(texts[i] for i in ids[:-1]).strip() == text
+    flags = ends(torch.tensor([ids]), [len(ids)])[0].tolist()
+    ended = [tokenizer.decode(ids[: i + 1]).strip(" ") for i, flag in enumerate(flags) if flag]
+    # Line breaks are tokens of their own in some vocabularies, and one with what stands before them in others.
+    said = [one.split()[-1] for one in dict.fromkeys(one.rstrip("\n") for one in ended)]
+    last = max(special, key=lambda text: special[text])
+    assert said == ["e.g.", '"No!"', "Why?", "(Yes.)", "Wait…", "a.b", "x", "End.", f"End.{last}"]
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -205,6 +205,7 @@ class Engine:
                 slots=slots,
                 dtype=self._dtype,
                 evict=self.method.evict,
+                context=self.max_context if self.method.sentences else 0,
             )
 
         method, most = self.method, self.max_context
@@ -422,6 +423,7 @@ class Engine:
             new_tokens=lengths,
             outputs=[block.attention.out for block in self.blocks],
             frequencies_Bd=self._frequencies_Bd,
+            ends_BT=self.loaded.sentences(ids_BT, lengths) if self.method.sentences else None,
         )
         rotation = self.model.rope.rotation(chunk.position_BT, self._frequencies_Bd)
         x_BTE = self.model.hidden(ids_BT, rotation, chunk, blocks=self.blocks)

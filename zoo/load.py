@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from checkpoints.chat import Chat
     from checkpoints.tokenizer import Tokenizer
+    from layers.compress.sentences import SentenceEnds
     from zoo.family import Decoder
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -43,6 +45,24 @@ class Loaded:
     tokenizer: Tokenizer
     chat: Chat
     config: ModelConfig
+
+    @cached_property
+    def sentences(self) -> SentenceEnds:
+        """Which token ids end a sentence, for cache methods that ask; made from the vocabulary when first asked for.
+
+        Raises:
+            ValueError: there is no tokenizer.
+        """
+        from layers.compress.sentences import SentenceEnds
+
+        if self.tokenizer is None:
+            raise ValueError(
+                f"{self.name} has no tokenizer to say where sentences end: load one with it, or choose a cache without "
+                "stop=sentence (all presets but adaptive)"
+            )
+        special = frozenset(self.tokenizer.special_tokens.values())
+        device = self.model.embed.weight.device
+        return SentenceEnds.from_texts(self.tokenizer.texts(), special=special, device=device)
 
 
 def load(

@@ -54,6 +54,8 @@ class ArenaCache:
             the following two. See `layers.compress.decode_rules.ReplaceWorst`.
         recent: (B, L, H) int32, last tokens that may not go.
         worst: (B, L, H) int32, slot of the arena whose token goes next, as of the last attention.
+        ends: (B, context) bool, positions where a sentence of a prompt ends, generated tokens not looked at; None if
+            the method does not ask.
 
     Example:
         >>> shape = ArenaShape(batch=1, num_layers=1, num_kv_heads=1, head_dim=4, slots=8, dtype=torch.float32)
@@ -93,6 +95,9 @@ class ArenaCache:
         self.stat: Tensor | None = None
         self.recent: Tensor | None = None
         self.worst: Tensor | None = None
+        self.ends: Tensor | None = None
+        if shape.context:
+            self.ends = torch.zeros(B, shape.context, dtype=torch.bool, device=device)
         if shape.evict is not None:
             self.stat = torch.zeros(B, shape.slots, dtype=torch.float32, device=device)
             self.recent, self.worst = integers(B, L, H), integers(B, L, H)
@@ -108,8 +113,8 @@ class ArenaCache:
         """Bytes allocated, of everything that the cache owns."""
         tables = (self.offset, self.capacity, self.kept, self.ring_start, self.length, self._slot)
         small = (self.position, self.generated, self._active_B)
-        evicting = (tensor for tensor in (self.stat, self.recent, self.worst) if tensor is not None)
-        return sum(tensor.nbytes for tensor in (self.k, self.v, self.pos, *tables, *small, *evicting))
+        asked = (tensor for tensor in (self.stat, self.recent, self.worst, self.ends) if tensor is not None)
+        return sum(tensor.nbytes for tensor in (self.k, self.v, self.pos, *tables, *small, *asked))
 
     @property
     def most(self) -> int:
@@ -129,6 +134,8 @@ class ArenaCache:
         self.pos.fill_(-1)
         for counter in (self.length, self.position, self.generated):
             counter.zero_()
+        if self.ends is not None:
+            self.ends.zero_()
 
     def first(self, rows: int) -> ArenaCache:
         """The first rows as a cache of their own, in the same memory.

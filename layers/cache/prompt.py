@@ -36,6 +36,7 @@ class PromptPass:
         new_tokens: per row, how many of the chunk's T tokens are real; the rest is padding on the right.
         outputs: the layers' output projections in turn, for methods that look at them.
         frequencies_Bd: angular frequencies of RoPE, for methods that look at them.
+        ends_BT: bool, new tokens that end a sentence, for methods that ask (`Method.sentences`).
 
     Example:
         >>> from layers.methods import build_method
@@ -60,6 +61,7 @@ class PromptPass:
         new_tokens: list[int],
         outputs: Iterable[Linear] = (),
         frequencies_Bd: Tensor | None = None,
+        ends_BT: Tensor | None = None,
     ) -> None:
         device = cache.k.device
         self.cache, self.method = cache, method
@@ -84,6 +86,9 @@ class PromptPass:
             if len(self._past_C) and not torch.equal(self._past_offset[..., 0], cache.offset[..., 0]):
                 self._past_k, self._past_v = cache.k.clone(), cache.v.clone()
         self._outputs, self._frequencies_Bd = iter(outputs), frequencies_Bd
+        if ends_BT is not None:
+            self._remember(ends_BT)
+        self._knows_ends = ends_BT is not None
         self._layer = 0
         self._readers = Counter(source for layer, source in enumerate(cache.source) if source != layer)
         self._dense: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
@@ -140,6 +145,7 @@ class PromptPass:
             out=next(self._outputs, None),
             frequencies_Bd=self._frequencies_Bd,
             sums_BHS=self._sums(layer_1, pos_BHS),
+            ends_BHS=self._ends(pos_BHS),
         )
         self._layer += 1
         worth_BHS = self.scores(seen)
@@ -245,3 +251,21 @@ class PromptPass:
             row_B11, index_BHC, pos_BHC = self._past(layer_1)
             sums_BHS[..., :past] = self._past_stat[row_B11, index_BHC].masked_fill(pos_BHC < 0, 0.0)
         return sums_BHS
+
+    def _remember(self, ends_BT: Tensor) -> None:
+        """Write down where the chunk's sentences end, for itself and for later turns."""
+        row_M, column_M = (self._pos_BT >= 0).nonzero(as_tuple=True)
+        position_M, seen = self._pos_BT[row_M, column_M], int(self._pos_BT.max()) + 1
+        if self.cache.ends is None or self.cache.shape.context < seen:
+            raise ValueError(
+                f"the arena remembers where sentences end for {self.cache.shape.context} tokens of each row, and there "
+                f"are {seen}: plan its ArenaShape with a context of the longest conversation"
+            )
+        self.cache.ends[row_M, position_M] = ends_BT[row_M, column_M]
+
+    def _ends(self, pos_BHS: Tensor) -> Tensor | None:
+        """Which tokens of a layer end a sentence, by their positions; what it says of empty places does not matter."""
+        if not self._knows_ends or self.cache.ends is None:
+            return None
+        row_B11 = torch.arange(len(pos_BHS), device=pos_BHS.device)[:, None, None]
+        return self.cache.ends[row_B11, pos_BHS.clamp(min=0)]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kernels.rope import apply_rope
 from kernels.window_scores import window_scores, window_weights
+from layers.compress.sentences import spread_within_sentences
 from layers.linear import Linear
 
 _TINY = 1e-10  # 0 ln 0 is 0
@@ -47,6 +48,7 @@ class Observation:
         out: the layer's output projection; None where nobody gave it.
         frequencies_Bd: angular frequencies of RoPE in radians per token; None where nobody gave them.
         sums_BHS: fp32, what decoding has added up for each stored token, 0 for new ones; None where nothing is.
+        ends_BHS: bool, tokens that end a sentence; None where nobody said.
 
     Example:
         >>> x, pos = torch.arange(3.0).view(1, 3, 1, 1), torch.arange(3, dtype=torch.int32)[None]
@@ -67,6 +69,7 @@ class Observation:
     out: Linear | None = None
     frequencies_Bd: Tensor | None = None
     sums_BHS: Tensor | None = None
+    ends_BHS: Tensor | None = None
     _moments: dict[int, Moments] = field(default_factory=dict, init=False, repr=False)
 
     def last(self, window: int) -> tuple[Tensor, Tensor]:
@@ -131,7 +134,8 @@ class WindowAttention:
 
     A token's score is the largest, or the mean, of what is found from `ahead` tokens before it to `behind` tokens after
     it: a hot token protects `ahead` tokens that follow it. A centred kernel of 7 is ahead = behind = 3. A mean counts
-    protected tokens and those beyond the ends as zeros.
+    protected tokens and those beyond the ends as zeros. If spreading stops with the sentence, a hot token protects at
+    most what follows up to the sentence's end, and at least `always` tokens.
 
     Args:
         window: queries that observe, >= 1.
@@ -140,9 +144,11 @@ class WindowAttention:
         ahead: tokens after a hot one that share its score, >= 0.
         behind: tokens before a hot one that share its score, >= 0.
         pooling: "max" or "mean" over neighbours.
+        stop: "sentence" if scores do not spread beyond a sentence's end; otherwise "none".
+        always: tokens after a hot one that share its score even if a sentence ends in between, >= 0.
 
     Source:
-        Li et al., SnapKV, 2024, section 4.
+        Li et al., SnapKV, 2024, section 4; stopping with the sentence is ours.
 
     Example:
         >>> k, pos = torch.tensor([9.0, 0, 0, 0]).view(1, 1, 4, 1), torch.arange(4, dtype=torch.int32).view(1, 1, 4)
@@ -158,11 +164,23 @@ class WindowAttention:
     ahead: int = 3
     behind: int = 3
     pooling: Literal["max", "mean"] = "max"
+    stop: Literal["none", "sentence"] = "none"
+    always: int = 0
 
     def __call__(self, seen: Observation) -> Tensor:
-        """Score by attention."""
+        """Score by attention.
+
+        Raises:
+            ValueError: spreading stops with the sentence, and nobody said where sentences end.
+        """
+        stops = self.stop == "sentence"
+        if stops and seen.ends_BHS is None:
+            raise ValueError(
+                "stop=sentence needs to know where sentences end: give PromptPass ends_BT, as SentenceEnds makes them "
+                "from token ids (see layers/compress/sentences.py), or take a preset other than adaptive"
+            )
         q_BWND, position_BW = seen.last(self.window)
-        pools_max = self.pooling == "max"
+        pools_max = self.pooling == "max" and not stops
         score_BHS = window_scores(
             q_BWND,
             seen.k_BHSD,
@@ -175,6 +193,9 @@ class WindowAttention:
             protected_BHS=seen.protected_BHS,
             window=seen.sliding,
         )
+        if stops and seen.ends_BHS is not None:
+            reach = {"ahead": self.ahead, "behind": self.behind, "always": self.always}
+            return spread_within_sentences(score_BHS, seen.ends_BHS, **reach)
         if pools_max:
             return score_BHS
         padded = torch.nn.functional.pad(score_BHS, (self.ahead, self.behind))
@@ -384,6 +405,7 @@ class ChosenHeads:
             v_BHSD=of_chosen(seen.v_BHSD),
             pos_BHS=of_chosen(seen.pos_BHS),
             protected_BHS=of_chosen(seen.protected_BHS),
+            ends_BHS=None if seen.ends_BHS is None else of_chosen(seen.ends_BHS),
         )
         vote_BKS = self.attention(alone)
         if seen.pos_BHS.stride(1) == 0:  # all KV heads hold the same tokens

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from layers.compress.scorers import WindowAttention
@@ -18,6 +18,8 @@ class Scoring:
         group: "mean" or "max" over the query heads of a KV head.
         ahead: tokens after a hot one that share its score.
         behind: tokens before a hot one that share its score.
+        stop: "sentence" if scores do not spread beyond a sentence's end; otherwise "none".
+        always: tokens after a hot one that share its score even if a sentence ends in between.
         sinks: first tokens of the sequence that are always kept.
         recent: last tokens of the prompt that are always kept, >= 1.
         pooling: "max" or "mean" over neighbours.
@@ -32,21 +34,34 @@ class Scoring:
     group: Literal["mean", "max"]
     ahead: int
     behind: int
+    stop: Literal["none", "sentence"] = "none"
+    always: int = 0
     sinks: int
     recent: int
     pooling: Literal["max", "mean"] = "max"
 
     def __post_init__(self) -> None:
-        if self.window < 1 or self.ahead < 0 or self.behind < 0:
-            raise ValueError(f"window must be at least 1, ahead and behind at least 0: {self}")
+        if self.window < 1 or min(self.ahead, self.behind, self.always) < 0:
+            raise ValueError(f"window must be at least 1, ahead, behind and always at least 0: {self}")
         for name in ("rows", "group", "pooling"):
             if getattr(self, name) not in ("mean", "max"):
                 raise ValueError(f'{name} must be "mean" or "max", not {getattr(self, name)!r}')
+        if self.stop not in ("none", "sentence"):
+            raise ValueError(f'stop must be "none" or "sentence", not {self.stop!r}')
+        if self.always and self.stop == "none":
+            raise ValueError("always says how far scores spread beyond a sentence's end: it needs stop=sentence")
+        if self.pooling == "mean" and self.stop == "sentence":
+            raise ValueError("only the largest score spreads up to a sentence's end: stop=sentence needs pooling=max")
 
     @property
     def protected(self) -> int:
         """Tokens that every head keeps whatever their score."""
         return self.sinks + self.recent
+
+    @property
+    def sentences(self) -> bool:
+        """Whether scoring has to know where sentences end."""
+        return self.stop == "sentence"
 
     @property
     def scorer(self) -> WindowAttention:
@@ -58,6 +73,8 @@ class Scoring:
             ahead=self.ahead,
             behind=self.behind,
             pooling=self.pooling,
+            stop=self.stop,
+            always=self.always,
         )
 
 
@@ -72,3 +89,6 @@ def published(*, window: int) -> Scoring:
 
 TUNED = Scoring(window=32, rows="max", group="max", ahead=12, behind=0, sinks=4, recent=4)
 """What measured best on prompts kept apart from every test prompt; see recipes/LOG.md."""
+
+ADAPTIVE = replace(TUNED, ahead=24, stop="sentence", always=4)
+"""The same, but a hot token protects what follows up to the end of its sentence; see recipes/LOG.md."""

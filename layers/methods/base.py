@@ -33,6 +33,7 @@ class Method:
             included; otherwise they replace the oldest generated one.
         evict: new tokens replace the worst one, by attention, so that a region holds its budget at every step; None if
             they replace the oldest.
+        sentences: the scorer has to know where sentences end.
         default_budget: tokens per KV head when the user names none; None for a method that keeps everything.
         refine: scores a layer's tokens anew once each head's budget is known; None where one look is enough.
         shared_layers: share of the layers that read an earlier layer's keys and values instead of their own.
@@ -47,6 +48,7 @@ class Method:
     recent: int = 1
     ring_over_prompt: bool = False
     evict: ReplaceWorst | None = None
+    sentences: bool = False
     default_budget: int | None = 128
     refine: Refiner | None = None
     shared_layers: float = 0.0

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from layers.compress.allocators import LayerErrors
 from layers.compress.scorers import ChosenHeads
-from layers.compress.scoring import TUNED, Scoring
+from layers.compress.scoring import ADAPTIVE, TUNED, Scoring
 from layers.methods.base import Allocate, Method, calibrated
 
 PRESETS = {
     "published": Scoring(window=8, rows="mean", group="mean", ahead=2, behind=2, sinks=0, recent=8, pooling="mean"),
     "tuned": TUNED,
+    "adaptive": ADAPTIVE,
 }
 
 
@@ -89,4 +90,5 @@ def build(
         allocator=allocator(protected=scoring.protected),
         sinks=scoring.sinks,
         recent=scoring.recent,
+        sentences=scoring.sentences,
     )

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from layers.compress.allocators import HeadImportance
-from layers.compress.scoring import TUNED, Scoring, published
+from layers.compress.scoring import ADAPTIVE, TUNED, Scoring, published
 from layers.methods.base import Allocate, Method, calibrated
 
-PRESETS = {"published": published(window=8), "tuned": TUNED}
+PRESETS = {"published": published(window=8), "tuned": TUNED, "adaptive": ADAPTIVE}
 
 
 def allocate(
@@ -65,4 +65,5 @@ def build(*, allocator: Allocate = allocate, scoring: Scoring = PRESETS["tuned"]
         allocator=allocator(protected=scoring.protected),
         sinks=scoring.sinks,
         recent=scoring.recent,
+        sentences=scoring.sentences,
     )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from layers.compress.allocators import Pyramid
-from layers.compress.scoring import TUNED, Scoring, published
+from layers.compress.scoring import ADAPTIVE, TUNED, Scoring, published
 from layers.methods.base import Allocate, Method
 
-PRESETS = {"published": published(window=8), "tuned": TUNED}
+PRESETS = {"published": published(window=8), "tuned": TUNED, "adaptive": ADAPTIVE}
 
 
 def allocate(*, protected: int, beta: float = 20.0, compat: bool = False) -> Pyramid:
@@ -53,4 +53,5 @@ def build(*, allocator: Allocate = allocate, scoring: Scoring = PRESETS["publish
         allocator=allocator(protected=scoring.protected),
         sinks=scoring.sinks,
         recent=scoring.recent,
+        sentences=scoring.sentences,
     )

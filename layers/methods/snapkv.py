@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from layers.compress.allocators import uniform
-from layers.compress.scoring import TUNED, Scoring, published
+from layers.compress.scoring import ADAPTIVE, TUNED, Scoring, published
 from layers.methods.base import Allocate, Method
 
-PRESETS = {"published": published(window=32), "tuned": TUNED}
+PRESETS = {"published": published(window=32), "tuned": TUNED, "adaptive": ADAPTIVE}
 
 
 def build(*, allocator: Allocate = uniform, scoring: Scoring = PRESETS["published"]) -> Method:
@@ -35,4 +35,5 @@ def build(*, allocator: Allocate = uniform, scoring: Scoring = PRESETS["publishe
         allocator=allocator(protected=scoring.protected),
         sinks=scoring.sinks,
         recent=scoring.recent,
+        sentences=scoring.sentences,
     )
