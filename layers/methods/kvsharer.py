@@ -46,6 +46,6 @@ def wrap(method: Method, *, share: float = 0.125) -> Method:
         method,
         name="kvsharer" if whole else f"kvsharer+{method.name}",
         paper="KVSharer, arXiv 2410.18517" + ("" if whole else f"; {method.paper}"),
-        summary=f"{method.summary}; some layers read an earlier layer's",
+        summary=f"{'every token of every head' if whole else method.summary}; some layers read an earlier layer's",
         shared_layers=share,
     )
