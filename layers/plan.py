@@ -30,6 +30,7 @@ class ArenaShape:
         dtype: of keys and values.
         evict: how tokens are replaced while decoding, if they are chosen by attention: takes a statistic per slot.
         context: positions of a row of which it is known whether a sentence ends there; 0 where nobody asks.
+        sinks: first tokens of every region whose keys turn with each query: takes a copy of them; 0 where none turn.
 
     Example:
         >>> shape = ArenaShape(batch=1, num_layers=2, num_kv_heads=1, head_dim=4, slots=10, dtype=torch.float32)
@@ -45,6 +46,7 @@ class ArenaShape:
     dtype: torch.dtype
     evict: ReplaceWorst | None = None
     context: int = 0
+    sinks: int = 0
 
     @property
     def slot_bytes(self) -> int:
@@ -53,10 +55,12 @@ class ArenaShape:
 
     @property
     def row_overhead_bytes(self) -> int:
-        """Bytes of one row's tables, counters and flags."""
+        """Bytes of one row's tables, counters and flags, and of what turning sinks takes."""
         tables = TABLES_PER_HEAD + (TABLES_PER_EVICTING_HEAD if self.evict else 0)
         numbers = tables * self.num_layers * self.num_kv_heads + COUNTERS_PER_ROW
-        return INT32_BYTES * numbers + FLAG_BYTES * (1 + self.context)
+        turning = self.sinks * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        turning += FP32_BYTES * self.head_dim // 2 if self.sinks else 0
+        return INT32_BYTES * numbers + FLAG_BYTES * (1 + self.context) + turning
 
     @property
     def nbytes(self) -> int:

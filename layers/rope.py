@@ -212,18 +212,19 @@ class RotaryEmbedding(nn.Module):
         """
         return self.rotation(position_BT, self.frequencies(context))
 
-    def rotation(self, position_BT: Tensor, frequencies_Bd: Tensor) -> tuple[Tensor, Tensor]:
+    def rotation(self, position_BT: Tensor, frequencies_Bd: Tensor, *, endless: bool = False) -> tuple[Tensor, Tensor]:
         """Angles of absolute positions at known frequencies, which `forward` may have to make on the host.
 
         Args:
             position_BT: absolute positions.
             frequencies_Bd: of each row, or one row for all; see `frequencies`.
+            endless: make angles in fp64: in fp32, they are wrong by a quarter of a radian at position 4 million.
 
         Returns:
             As `forward`.
         """
-        angle_BTd = position_BT[..., None].float() * frequencies_Bd[:, None]
-        return angle_BTd.cos() * self.attention_factor, angle_BTd.sin() * self.attention_factor
+        cos_BTd, sin_BTd = _angles(position_BT, frequencies_Bd[:, None], torch.float64 if endless else torch.float32)
+        return cos_BTd * self.attention_factor, sin_BTd * self.attention_factor
 
     def frequencies(self, context: int | Sequence[int]) -> Tensor:
         """Frequencies for contexts of so many tokens.
@@ -271,6 +272,38 @@ class DynamicRotaryEmbedding(RotaryEmbedding):
             self.head_dim, self.theta, factor=self.factor, trained=self.trained, context=context
         )
         return longer_d.to(self.frequencies_d.device)
+
+
+def turn(x: Tensor, by: Tensor, frequencies_d: Tensor) -> Tensor:
+    """Move keys that have been rotated to other positions.
+
+    Args:
+        x: (..., D) after RoPE.
+        by: (...) int, how many positions to move each of them.
+        frequencies_d: (..., D / 2) radians per token, of as many dimensions as x.
+
+    Returns:
+        As x, rounded to its dtype once; exactly x where `by` is 0.
+
+    Source:
+        Xiao et al., StreamingLLM, 2023, section 3.2; there, keys are stored before their rotation instead.
+
+    Example:
+        >>> from kernels.rope import apply_rope
+        >>> rope, x = RotaryEmbedding(default_frequencies(4, 10_000.0)), torch.randn(1, 1, 1, 4)
+        >>> at_5, at_7 = (apply_rope(x, *rope(torch.tensor([[position]]))) for position in (5, 7))
+        >>> torch.allclose(turn(at_5, torch.tensor([[[2]]]), rope.frequencies_d.view(1, 1, 1, 2)), at_7, atol=1e-6)
+        True
+    """
+    cos, sin = _angles(by, frequencies_d, torch.float64)
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def _angles(position: Tensor, frequencies_d: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine in fp32 of angles that are made in a dtype."""
+    angle_d = position[..., None].to(dtype) * frequencies_d.to(dtype)
+    return angle_d.cos().float(), angle_d.sin().float()
 
 
 def divided(frequencies_d: Tensor, factors: Sequence[float]) -> Tensor:

@@ -139,6 +139,7 @@ class Replay:
             dtype=k_BHSD.dtype,
             evict=method.evict,
             context=len(record.ids) + later if method.sentences else 0,
+            sinks=method.turned_sinks,
         )
         self.cache = ArenaCache(shape, k_BHSD.device)
         chunk = _Replay(self.cache, method, **self._arguments(len(record.ids), record.ids))
@@ -175,7 +176,7 @@ class Replay:
         model, rows = self.record.loaded.model, len(self._budgets)
         self._seen += len(ids)
         chunk = PromptPass(self.cache, self._method, **self._arguments(self._seen, ids))
-        rotation = model.rope.rotation(chunk.position_BT, self.frequencies_Bd)
+        rotation = model.rope.rotation(chunk.position_BT, self.frequencies_Bd, endless=self._method.in_cache)
         x_BTE = model.hidden(torch.tensor([ids] * rows, device=self.cache.k.device), rotation, chunk)
         chunk.finish()
         self.logits_BV = model.logits(x_BTE[:, -1])
@@ -240,7 +241,8 @@ def _in_batches(replays: Sequence[Replay], decode: Callable[[_Batch], Sequence[A
     batches: dict[object, list[int]] = {}
     for index, replay in enumerate(replays):
         shape = replay.cache.shape
-        batches.setdefault((shape.evict, shape.slots.bit_length()), []).append(index)
+        kind = shape.evict, shape.sinks, replay._method.in_cache, shape.slots.bit_length()
+        batches.setdefault(kind, []).append(index)
     results: list[list[Any]] = [[] for _ in replays]
     for indices in batches.values():
         rows = iter(decode(_Batch([replays[index] for index in indices])))
@@ -253,7 +255,7 @@ class _Batch:
     """The rows of several replays in one cache."""
 
     def __init__(self, replays: Sequence[Replay]) -> None:
-        self._model = replays[0].record.loaded.model
+        self._model, self._endless = replays[0].record.loaded.model, replays[0]._method.in_cache
         self._cache = _joined([replay.cache for replay in replays])
         self._frequencies_Bd = torch.cat([replay.frequencies_Bd for replay in replays])
         self.logits_BV = torch.cat([replay.logits_BV for replay in replays])
@@ -261,7 +263,8 @@ class _Batch:
     def step(self, tokens: list[int]) -> Tensor:
         token_B1 = torch.tensor(tokens, device=self._cache.k.device)[:, None]
         self._cache.begin_step(torch.ones(len(tokens), dtype=torch.bool, device=token_B1.device))
-        rotation = self._model.rope.rotation(self._cache.position[:, None], self._frequencies_Bd)
+        position_B1 = self._cache.position[:, None]
+        rotation = self._model.rope.rotation(position_B1, self._frequencies_Bd, endless=self._endless)
         x_BTE = self._model.hidden(token_B1, rotation, self._cache)
         self._cache.end_step()
         return self._model.logits(x_BTE[:, -1])

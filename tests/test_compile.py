@@ -71,7 +71,14 @@ def test_a_ragged_batch_compiles_once_too(cache):
         close(conversation(compiled, second), conversation(eager, second))
 
 
-CACHES = ["headkv:window=4,recent=4", "adakv:window=4,recent=4", "cake:window=4,recent=4", "full", "streaming"]
+CACHES = [
+    "headkv:window=4,recent=4",
+    "adakv:window=4,recent=4",
+    "cake:window=4,recent=4",
+    "full",
+    "streaming",
+    "streaming:positions=in-cache",
+]
 
 
 @pytest.mark.parametrize("cache", CACHES)

@@ -9,6 +9,7 @@ import torch
 from checkpoints import LayerSharing
 from checkpoints.config import ModelConfig, RopeConfig
 from kernels.ragged_decode import ragged_decode
+from kernels.rope import apply_rope
 from layers.cache.arena import ArenaCache
 from layers.cache.prompt import PromptPass
 from layers.cache.staging import Staging
@@ -104,6 +105,8 @@ SPECS = [spec for name in method_names() for spec in variants(name)] + [
     "criticalkv+adakv:preset=tuned",
     "criticalkv:alpha=0.25+headkv",
     "streaming:allocator=headkv",
+    "streaming:positions=in-cache",
+    "streaming:positions=in-cache,allocator=headkv",
     "h2o:ratio=0.2",
     "h2o:allocator=adakv",
     "compresskv:allocator=adakv",
@@ -117,6 +120,7 @@ SPECS = [spec for name in method_names() for spec in variants(name)] + [
     "kvsharer+h2o",
     "kvsharer+h2o:allocator=adakv",
     "kvsharer+tova",
+    "kvsharer+streaming:positions=in-cache",
     "kvsharer+compresskv:preset=tuned",
     "kvsharer+criticalkv+snapkv",
     "kvsharer+cake",
@@ -323,7 +327,9 @@ def test_nothing_depends_on_unused_slots_or_slot_order(loaded, spec):
     close(run(shuffle), plain)
 
 
-@pytest.mark.parametrize("spec", [s for s in SPECS if not s.startswith(("full", "kvsharer", *EVICTING))])
+@pytest.mark.parametrize(
+    "spec", [s for s in SPECS if not s.startswith(("full", "kvsharer", *EVICTING)) and "in-cache" not in s]
+)
 @pytest.mark.parametrize("heads", [(2, 2), (8, 2)], ids=["G1", "G4"])
 def test_decoding_equals_dense_attention_masked_to_the_kept_sets(spec, heads):
     """50 steps against a loop that recomputes everything densely and hides what the cache dropped."""
@@ -380,6 +386,122 @@ def test_decoding_equals_dense_attention_masked_to_the_kept_sets(spec, heads):
                     logits = torch.stack([q[b, T + step, head] @ keys[b][p][0][h] for p in visible]) / D**0.5
                     values = torch.stack([keys[b][p][1][h] for p in visible])
                     torch.testing.assert_close(out[b, 0, head], logits.softmax(0) @ values, rtol=1e-4, atol=1e-5)
+
+
+class Stream:
+    """StreamingLLM as published, a row: keys are stored before RoPE, and all of a cache is rotated by its places."""
+
+    def __init__(self, loaded, spec, *, sinks, budget, room):
+        self.model, self.source = loaded.model, [0, 1, 0] if spec.startswith("kvsharer") else [0, 1, 2]
+        self.sinks, self.budget, self.room, self.seen = sinks, budget, room, 0
+        self.stored, self.size = {}, None
+
+    def turn(self, ids):
+        """A turn sees everything that is held, and then the cache is cut to its budget."""
+        self.size, self.seen = None, self.seen + len(ids)
+        logits = self.run(ids)
+        self.size = self.budget
+        self.stored = {layer: self.cut(both) for layer, both in self.stored.items()}
+        self.size = min(self.budget, self.seen) + self.room
+        return logits
+
+    def step(self, token):
+        self.seen += 1
+        return self.run([token])
+
+    def run(self, ids):
+        unturned = torch.ones(1, len(ids), 4), torch.zeros(1, len(ids), 4)
+        return self.model.logits(self.model.hidden(torch.tensor([ids]), unturned, self)[0, -1])
+
+    def cut(self, both):
+        if self.size is None or both.shape[2] <= self.size:
+            return both
+        return torch.cat((both[:, :, : self.sinks], both[:, :, both.shape[2] - self.size + self.sinks :]), 2)
+
+    def attend(self, layer_1, q_1TND, k_1THD, v_1THD, window):
+        layer, T = int(layer_1), q_1TND.shape[1]
+        if self.source[layer] == layer:
+            both, past = torch.stack((k_1THD, v_1THD)), self.stored.get(layer)
+            self.stored[layer] = self.cut(both if past is None else torch.cat((past, both), 2))
+        k, v = self.stored[self.source[layer]]
+        S, G = k.shape[1], q_1TND.shape[2] // k.shape[2]
+        cos, sin = self.model.rope(torch.arange(S)[None])
+        q, k = apply_rope(q_1TND, cos[:, S - T :], sin[:, S - T :]), apply_rope(k, cos, sin)
+        q, k, v = q.transpose(1, 2), *(x.transpose(1, 2).repeat_interleave(G, 1) for x in (k, v))
+        causal = torch.ones(T, S, dtype=torch.bool).tril(S - T)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=causal).transpose(1, 2)
+
+
+@pytest.mark.parametrize("lengths", [(50,), (50, 21, 5)], ids=["alone", "ragged"])
+@pytest.mark.parametrize("heads", [(2, 2), (8, 2)], ids=["G1", "G4"])
+@pytest.mark.parametrize(("outer", "sinks"), [("", 0), ("", 4), ("kvsharer+", 4)])
+def test_a_stream_without_end_is_the_published_loop(outer, sinks, heads, lengths):
+    """Over three turns and beyond twice the model's context."""
+    loaded, room = make_loaded(heads=heads, max_position=64), 7
+    spec = f"{outer}streaming:positions=in-cache,sinks={sinks}"
+    engine = Engine(loaded, cache=spec, budget=16, decode_room=room)
+    rows = [Stream(loaded, spec, sinks=sinks, budget=16, room=room) for _ in lengths]
+    engine.prefill([[1]] * len(rows))  # of another conversation nothing is left
+    engine.reset()
+    nbytes = engine.cache.nbytes
+    for turn, (length, steps) in enumerate([(lengths, 55), ((30, 1, 12), 21), ((2, 40, 40), 21)]):
+        prompts = tokens(*length[: len(rows)], seed=turn)
+        logits = engine.extend(prompts) if turn else engine.prefill(prompts)
+        close(logits, torch.stack([row.turn(ids) for row, ids in zip(rows, prompts, strict=True)]))
+        for step in range(steps):
+            new = [(7 * step + 5 * row + turn) % V for row in range(len(rows))]
+            close(engine.step(new), torch.stack([row.step(token) for row, token in zip(rows, new, strict=True)]))
+            if step == 20:
+                saved = engine.snapshot()
+                engine.step([3] * len(rows))
+                engine.restore(saved)
+    assert min(engine.tokens_seen) > 2 * 64 and not engine.is_full(0)
+    assert engine.cache.nbytes == nbytes == engine.cache.shape.nbytes == engine.stats().nbytes
+
+
+def test_a_stream_that_does_not_fit_into_the_context_is_refused():
+    loaded = make_loaded(max_position=64)
+    spec = "streaming:positions=in-cache"
+    with pytest.raises(ValueError, match="would hold up to 66 tokens, the context is 64"):
+        Engine(loaded, cache=spec, budget=60, decode_room=6)
+    engine = Engine(loaded, cache=spec, budget=16, decode_room=6)
+    with pytest.raises(ValueError, match="65 tokens at once after the 0 that are held, the context is 64: lower chunk"):
+        engine.prefill(tokens(65))
+    engine.prefill(tokens(64))
+    with pytest.raises(ValueError, match="43 tokens at once after the 22 that are held"):
+        engine.extend(tokens(43))
+    chunked = Engine(loaded, cache=spec, budget=16, decode_room=6, chunk_tokens=42)
+    assert chunked.prefill(tokens(900)).isfinite().all() and chunked.extend(tokens(100)).isfinite().all()
+    ended = Engine(loaded, cache=spec, budget=16, decode_room=6, max_context=64)
+    ended.prefill(tokens(64))
+    assert ended.is_full(0)
+
+
+def test_far_into_a_stream_distances_are_exact():
+    """Four million tokens on, where an angle in fp32 is good for nothing, the same tokens give the same answer."""
+    engine = Engine(make_loaded(), cache="streaming:positions=in-cache,sinks=0", budget=16, decode_room=6)
+
+    def answer(first):
+        engine.reset()
+        with torch.inference_mode():
+            engine.cache.position.fill_(first)
+            engine._take_in(tokens(30))
+        return [engine.step([token]) for token in range(20)]
+
+    for near, far in zip(answer(0), answer(4_000_000), strict=True):
+        close(far, near)
+
+
+def test_a_cache_and_a_method_that_disagree_on_sinks_are_refused():
+    shape = ArenaShape(batch=1, num_layers=1, num_kv_heads=1, head_dim=8, slots=9, dtype=torch.float32)
+    method = build_method("streaming:positions=in-cache")
+    sizes = {"keep_BLH": torch.full((1, 1, 1), 5), "room": [1], "new_tokens": [8]}
+    with pytest.raises(ValueError, match="planned to turn 0 sinks, streaming turns 4"):
+        PromptPass(ArenaCache(shape, "cpu"), method, **sizes)
+    with pytest.raises(ValueError, match="give PromptPass `frequencies_Bd`"):
+        PromptPass(ArenaCache(replace(shape, sinks=4), "cpu"), method, **sizes)
+    with pytest.raises(ValueError, match='"absolute" or "in-cache", not \'relative\''):
+        build_method("streaming:positions=relative")
 
 
 @pytest.mark.parametrize("lengths", [(200,), (150, 9, 61), (30, 26)])

@@ -7,6 +7,7 @@ queries, keys and values runs through a prompt, 50 steps and a second turn.
 from __future__ import annotations
 
 import cmath
+import itertools
 import math
 import re
 from dataclasses import replace
@@ -15,6 +16,7 @@ from functools import cache
 import pytest
 import torch
 
+from kernels.rope import apply_rope
 from layers.cache.arena import ArenaCache
 from layers.cache.prompt import PromptPass
 from layers.linear import Linear
@@ -393,9 +395,12 @@ def spread(rule, W, tau1=1.0, tau2=1.0):
 
 
 CAKE = {"window": 32, "gamma": 200.0, "sinks": 0, "recent": 32}
+STREAM = {"scores": "position", "sinks": 4, "recent": 1, "budgets": uniform, "choose": per_head, "ring": True}
 ORACLES = {
     "full": {"scores": "position", "sinks": 0, "recent": 1, "budgets": uniform, "choose": per_head, "ring": False},
-    "streaming": {"scores": "position", "sinks": 4, "recent": 1, "budgets": uniform, "choose": per_head, "ring": True},
+    "streaming": STREAM,
+    "streaming:positions=in-cache": STREAM | {"in_cache": True},
+    "streaming:positions=in-cache,sinks=0": STREAM | {"in_cache": True, "sinks": 0},
     "snapkv": window(published(32)),
     "snapkv:preset=tuned": window(TUNED),
     "headkv": window(TUNED, headkv(3.0)),
@@ -542,12 +547,15 @@ class Loop:
     def evict(self):
         """Nothing goes because of what a step attended to."""
 
-    def answer(self, layer, row, head):
-        """Of the last query, from all that the head holds."""
+    def answer(self, layer, row, head, held):
+        """Of the last query, from tokens that are held in this order."""
         h = head // (len(self.q[layer][row][0]) // H)
-        held = self.held[layer][row][h]
         q, k, v = self.q[layer][row][self.seen[row] - 1][head], self.k[layer][row], self.v[layer][row]
-        return answer(q, [k[j][h] for j in held], [v[j][h] for j in held])
+        keys = [k[j][h] for j in held]
+        if self.oracle.get("in_cache"):
+            q = turned(q, len(held) - 1, self.frequencies[row])
+            keys = [turned(key, place, self.frequencies[row]) for place, key in enumerate(keys)]
+        return answer(q, keys, [v[j][h] for j in held])
 
 
 class EvictingLoop(Loop):
@@ -634,12 +642,18 @@ def take_in(cache, method, tensors, ends, outputs, frequencies_Bd, seen, lengths
     return out
 
 
+def at_positions(x_LBTHD, frequencies_Bd):
+    """RoPE as a model does it."""
+    angle_BTd = torch.arange(x_LBTHD.shape[2])[:, None] * frequencies_Bd[:, None]
+    return torch.stack([apply_rope(x_BTHD, angle_BTd.cos(), angle_BTd.sin()) for x_BTHD in x_LBTHD])
+
+
 @pytest.mark.parametrize("lengths", [[80], [80, 45, 11]], ids=["alone", "ragged"])
 @pytest.mark.parametrize("G", [1, 4])
 @pytest.mark.parametrize("spec", ORACLES)
 def test_a_method_is_its_papers_formulas(spec, G, lengths):
     torch.manual_seed(len(spec) + G)
-    B, more, total = len(lengths), [30, 12, 3][: len(lengths)], 300
+    B, total = len(lengths), 300
     q, k, v = (torch.randn(L, B, total, heads, D) for heads in (G * H, H, H))
     importance = {kind: torch.rand(L, G * H) ** 3 for kind in ("r2", "semantic")}
     importance["layer_errors"] = torch.rand(L) ** 3
@@ -649,12 +663,17 @@ def test_a_method_is_its_papers_formulas(spec, G, lengths):
     ends = torch.rand(B, total) < 0.1
     budget, room = (1000, 2 * STEPS) if spec == "full" else (40, ROOM)
     method = build_method(spec, importance)
+    more = [30, 12, 23 if method.in_cache else 3][:B]  # who is asked to go on after it has filled its budget again
     slots = (200 + room) * L * H if spec == "full" else (budget + room) * L * H + 10  # what published rounding adds
     shape = ArenaShape(batch=B, num_layers=L, num_kv_heads=H, head_dim=D, slots=slots, dtype=torch.float32)
-    cache = ArenaCache(replace(shape, evict=method.evict, context=total if method.sentences else 0), "cpu")
+    context = total if method.sentences else 0
+    cache = ArenaCache(replace(shape, evict=method.evict, context=context, sinks=method.turned_sinks), "cpu")
     loop = EvictingLoop if method.evict else Loop
     as_lists = {kind: scores.double().tolist() for kind, scores in importance.items()}
     loop = loop(ORACLES[spec], q, k, v, ends, outputs, frequencies_Bd, budget, room, as_lists)
+
+    if method.in_cache:  # the loop stores what has not been rotated
+        q, k = (at_positions(x, frequencies_Bd) for x in (q, k))
 
     def compare(when):
         for layer in range(L):
@@ -672,10 +691,9 @@ def test_a_method_is_its_papers_formulas(spec, G, lengths):
             for row, n in enumerate(new):
                 for head in range(G * H):  # the last new token attends to all of the past and of the turn
                     held = [*before[layer][row][head // G], *range(loop.seen[row] - n, loop.seen[row])]
-                    keys, values = ([x[layer][row][j][head // G] for j in held] for x in (loop.k, loop.v))
-                    want = answer(loop.q[layer][row][loop.seen[row] - 1][head], keys, values)
+                    want = loop.answer(layer, row, head, held)
                     assert answers[layer][row, n - 1, head].tolist() == pytest.approx(want, abs=1e-5)
-        if turn == 1:
+        if turn == 1 and not method.in_cache:
             break
         for step in range(STEPS):
             cache.begin_step(torch.ones(B, dtype=torch.bool))
@@ -687,11 +705,67 @@ def test_a_method_is_its_papers_formulas(spec, G, lengths):
                 if step in (0, ROOM, STEPS - 1):  # room left, the first that makes place, the last
                     for row in range(B):
                         for head in range(G * H):
-                            want = loop.answer(layer, row, head)
+                            want = loop.answer(layer, row, head, loop.held[layer][row][head // G])
                             assert out[row, 0, head].tolist() == pytest.approx(want, abs=1e-5)
             compare(f"step {step}")
             loop.evict()
             cache.end_step()
+
+
+def test_places_count_whatever_a_conversation_goes_through():
+    """Prompts shorter than the sinks, rows that pause, steps that are interrupted, and turns: from what is held."""
+    torch.manual_seed(0)
+    B, total, frequencies_Bd = 3, 150, torch.rand(3, D // 2)
+    raw = torch.randn(2, B, total, H, D)
+    (q, k), v = at_positions(raw, frequencies_Bd), torch.randn(B, total, H, D)
+    method = build_method("streaming:positions=in-cache")
+    shape = ArenaShape(batch=B, num_layers=1, num_kv_heads=H, head_dim=D, slots=19 * H, dtype=torch.float32, sinks=4)
+    cache, layer, seen = ArenaCache(shape, "cpu"), torch.tensor([0]), [0] * B
+
+    def want(row, h, i, held):
+        place_1S = torch.arange(len(held))[None]
+        angle_1Sd = place_1S[..., None] * frequencies_Bd[row]
+        keys = apply_rope(raw[1, row, held, h][None, :, None], angle_1Sd.cos(), angle_1Sd.sin())[0, :, 0]
+        query = apply_rope(raw[0, row, i, h].view(1, 1, 1, D), angle_1Sd[:, -1:].cos(), angle_1Sd[:, -1:].sin())
+        return (keys @ query.flatten() / D**0.5).softmax(0) @ v[row, held, h]
+
+    def at(tensor, length=1):
+        return torch.stack([tensor[row, n : n + length] for row, n in enumerate(seen)])
+
+    for lengths in ([2, 1, 9], [3, 1, 2], [1, 30, 4]):
+        held = [
+            [[j for j in sorted(held_by(cache, row, 0, h)) if 0 <= j < n] for h in range(H)]
+            for row, n in enumerate(seen)
+        ]
+        keep = torch.stack(
+            [
+                method.shares(budget=12, prompt=n + new, num_layers=1, num_kv_heads=H)
+                for n, new in zip(seen, lengths, strict=True)
+            ]
+        )
+        sizes = {"keep_BLH": keep, "room": [7] * B, "new_tokens": lengths, "frequencies_Bd": frequencies_Bd}
+        chunk = PromptPass(cache, method, **sizes)
+        out = chunk.attend(layer, *(at(x, max(lengths)) for x in (q, k, v)), None)
+        chunk.finish()
+        for row, n in enumerate(lengths):
+            for h, i in itertools.product(range(H), range(seen[row], seen[row] + n)):
+                got, tokens = out[row, i - seen[row], h], [*held[row][h], *range(seen[row], i + 1)]
+                torch.testing.assert_close(got, want(row, h, i, tokens), rtol=1e-4, atol=1e-4)
+        seen = [n + new for n, new in zip(seen, lengths, strict=True)]
+        for step in range(30):
+            active = torch.tensor([True, step % 3 > 0, step % 4 > 1])
+            if step % 5 == 0:
+                cache.begin_step(~active)
+                cache.attend(layer, *(torch.randn(B, 1, H, D) for _ in range(3)), None)
+            cache.begin_step(active)
+            out = cache.attend(layer, at(q), at(k), at(v), None)
+            cache.end_step()
+            for row, h in itertools.product(range(B), range(H)):
+                if active[row]:
+                    tokens = sorted(held_by(cache, row, 0, h))
+                    assert tokens[-1] == seen[row]
+                    torch.testing.assert_close(out[row, 0, h], want(row, h, seen[row], tokens), rtol=1e-4, atol=1e-4)
+            seen = [n + flag for n, flag in zip(seen, active.tolist(), strict=True)]
 
 
 def test_every_method_has_an_oracle():

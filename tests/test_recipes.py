@@ -236,6 +236,7 @@ SPECS = [
     "snapkv:window=8,recent=8",
     "snapkv:preset=adaptive",
     "streaming",
+    "streaming:positions=in-cache",
     "adakv:preset=tuned",
     "pyramidkv:preset=tuned",
     "keydiff",

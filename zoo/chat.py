@@ -79,7 +79,8 @@ def _interact(args: argparse.Namespace) -> None:
     if not sys.stdin.isatty():
         return loop.run()
     budget = "" if engine.budget is None else f" at a budget of {engine.budget}"
-    note(f"{loaded.name}, {engine.method.name} cache{budget}, context {engine.max_context:,} tokens; /help for help")
+    context = "no end" if engine.endless else f"context {engine.max_context:,} tokens"
+    note(f"{loaded.name}, {engine.method.name} cache{budget}, {context}; /help for help")
     with _line_editing():
         loop.run()
 

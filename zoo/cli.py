@@ -451,7 +451,7 @@ def make_engine(args: argparse.Namespace, loaded: Loaded, *, prompt: Sequence[in
         cache=args.cache,
         budget=args.budget,
         max_new_tokens=limit,
-        max_context=context,
+        max_context=args.max_context if prompt is None else context,
         compile=compiles(args, interactive=prompt is None),
         importance=args.importance,
         sharing=args.sharing,

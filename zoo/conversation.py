@@ -78,14 +78,18 @@ class Conversation:
         seen = engine.tokens_seen[0]
         ids = chat.continuation(asked, self.messages[-1]["content"]) if seen else None
         if ids is not None:
-            check_fits(len(ids), seen, engine.max_new_tokens, engine.max_context, "begin anew with /reset")
+            self._check_fits(len(ids), seen)
             return ids
         ids = chat.encode(asked)
-        check_fits(len(ids), 0, engine.max_new_tokens, engine.max_context, "begin anew with /reset")
+        self._check_fits(len(ids), 0)
         if any(message["role"] == "assistant" for message in asked):
             note("(reading the whole conversation again)")
         engine.reset()
         return ids
+
+    def _check_fits(self, new: int, seen: int) -> None:
+        if not self._engine.endless:  # then it knows itself what it can read at once
+            check_fits(new, seen, self._engine.max_new_tokens, self._engine.max_context, "begin anew with /reset")
 
     @property
     def is_cut(self) -> bool:

@@ -88,6 +88,8 @@ class Engine:
             it the oldest generated tokens make place. The full cache has none of its own: all of it is room. Methods
             that evict while decoding (h2o, tova) have one slot, and take no `decode_room`.
         max_context: tokens of a conversation at most; None takes the model's trained context. A full cache is as large.
+            With `streaming:positions=in-cache`, None sets a conversation no end. What must then be within the trained
+            context is a region's slots, and every prompt, turn or chunk of one with the tokens held before it.
         batch: rows to allocate now.
         compile: decode through compiled code. True takes what is fastest: on a CPU and up to 8 rows one C++ operator
             for all blocks (built once per machine), for more torch.compile, once for all layers, and so for methods
@@ -101,11 +103,13 @@ class Engine:
 
     Attributes:
         blocks: what prompts go through: the model's blocks, or those that read another layer's cache in their place.
+        endless: a conversation has no end.
 
     Raises:
         ValueError: unknown method or option, **or** compiling is wanted and no compiler works, **or** a budget that
             cannot be read or is below sinks and window, **or** sizes that are not positive, **or** a context beyond the
-            model's, **or** a cache larger than free memory, **or** more layers are to share than a search found.
+            model's, **or** a cache larger than free memory, **or** regions beyond the context of a conversation without
+            end, **or** more layers are to share than a search found.
         CheckpointError: no usable head importance, **or** nothing usable that says which layers can share.
 
     Example:
@@ -157,6 +161,7 @@ class Engine:
             self._share_layers(layer_sharing(loaded, sharing))
         self._owners = [layer for layer, source in enumerate(self._source) if layer == source]
         self.max_context = max_context or trained
+        self.endless = self.method.in_cache and max_context is None
         self.chunk_tokens = chunk_tokens
         self.budget: Budget | None = None
         if self.method.default_budget is not None:
@@ -206,6 +211,7 @@ class Engine:
                 dtype=self._dtype,
                 evict=self.method.evict,
                 context=self.max_context if self.method.sentences else 0,
+                sinks=self.method.turned_sinks,
             )
 
         method, most = self.method, self.max_context
@@ -226,6 +232,12 @@ class Engine:
             )
         shares = self._shares(self.max_context, most)
         planned = shape(heads * (min(most, self.max_context) + self._room) + surplus)
+        largest = int(method.most(shares, self.max_context)) + self._room
+        if self.endless and largest > self.max_context:
+            raise ValueError(
+                f"a KV head would hold up to {largest} tokens, the context is {self.max_context}: lower the budget or "
+                "max_new_tokens"
+            )
         free = free_bytes(self._device)
         if planned.nbytes > free:
             raise ValueError(
@@ -236,7 +248,6 @@ class Engine:
         fused = self._compile is True and self._device.type == "cpu" and few
         inductor = self._compile == "inductor" or (self._compile is True and not fused and self._capture is None)
         self._graphs = None  # before the new cache takes memory
-        largest = int(method.most(shares, self.max_context)) + self._room
         self.cache = ArenaCache(planned, self._device, most=largest, compiled=inductor, source=self._source)
         self._frequencies_Bd = torch.zeros(batch, config.head_dim // 2, device=self._device)
         self._most_tokens = most
@@ -374,7 +385,15 @@ class Engine:
         for row, (ids, before) in enumerate(zip(prompts, seen, strict=True)):
             if not ids:
                 raise ValueError(f"the prompt of row {row} is empty: give at least one token")
-            if before + len(ids) > self.max_context:
+            if self.endless:
+                last = min(len(ids), self.chunk_tokens)
+                held = min(before + len(ids) - last, self.cache.most)
+                if held + last > self.max_context:
+                    raise ValueError(
+                        f"row {row} would read {last} tokens at once after the {held} that are held, the context is "
+                        f"{self.max_context}: lower chunk_tokens"
+                    )
+            elif before + len(ids) > self.max_context:
                 earlier = f" after {before} earlier ones" if before else ""
                 raise ValueError(
                     f"the prompt of row {row} has {len(ids)} tokens{earlier}, the context is {self.max_context}: "
@@ -413,7 +432,7 @@ class Engine:
         lengths = [len(ids) for ids in rows]
         ids_BT = torch.tensor([ids + [0] * (max(lengths) - len(ids)) for ids in rows], device=self._device)
         seen = [before + new for before, new in zip(self.tokens_seen, lengths, strict=True)]
-        keep_BLH = torch.stack([self._shares(tokens, self._most_tokens) for tokens in seen])
+        keep_BLH = torch.stack([self._shares(min(tokens, self.max_context), self._most_tokens) for tokens in seen])
         room = [self._room if self.budget else self.max_context - tokens for tokens in seen]
         chunk = PromptPass(
             self.cache,
@@ -425,7 +444,7 @@ class Engine:
             frequencies_Bd=self._frequencies_Bd,
             ends_BT=self.loaded.sentences(ids_BT, lengths) if self.method.sentences else None,
         )
-        rotation = self.model.rope.rotation(chunk.position_BT, self._frequencies_Bd)
+        rotation = self.model.rope.rotation(chunk.position_BT, self._frequencies_Bd, endless=self.method.in_cache)
         x_BTE = self.model.hidden(ids_BT, rotation, chunk, blocks=self.blocks)
         chunk.finish()
         self.tokens_seen = seen
@@ -477,7 +496,8 @@ class Engine:
         rows = len(token_B)
         cache = self.cache if rows == self.cache.shape.batch else self.cache.first(rows)
         cache.begin_step(active_B)
-        rotation = self.model.rope.rotation(cache.position[:, None], self._frequencies_Bd[:rows])
+        frequencies_Bd = self._frequencies_Bd[:rows]
+        rotation = self.model.rope.rotation(cache.position[:, None], frequencies_Bd, endless=self.method.in_cache)
         x_BTE = self.model.hidden(token_B[:, None], rotation, cache, blocks=self._blocks)
         logits_BV = self.model.logits(x_BTE[:, -1])
         cache.end_step()
@@ -501,8 +521,8 @@ class Engine:
         return self._graphs
 
     def is_full(self, row: int) -> bool:
-        """Whether a row's conversation has reached `max_context`."""
-        return self.tokens_seen[row] >= self.max_context
+        """Whether a row's conversation has reached `max_context`, if it has an end."""
+        return not self.endless and self.tokens_seen[row] >= self.max_context
 
     def generate(
         self,

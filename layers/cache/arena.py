@@ -14,6 +14,7 @@ from kernels.ragged_decode import ragged_decode
 from kernels.ragged_worst import ragged_worst
 from layers.compress.decode_rules import ring_slot, worst_slot
 from layers.plan import ArenaShape, offsets
+from layers.rope import turn
 
 
 class ArenaCache:
@@ -40,7 +41,7 @@ class ArenaCache:
     Attributes:
         source: per layer, whose regions it reads.
         owners: layers that have regions of their own, in order.
-        k: (B, slots, D) keys after RoPE.
+        k: (B, slots, D) keys after RoPE, at absolute positions but for sinks that turn.
         v: (B, slots, D) values.
         pos: (B, slots) int32 absolute positions, -1 where nothing was written since the last prompt.
         offset: (B, L, H) int32, first slot of each region.
@@ -56,6 +57,9 @@ class ArenaCache:
         worst: (B, L, H) int32, slot of the arena whose token goes next, as of the last attention.
         ends: (B, context) bool, positions where a sentence of a prompt ends, generated tokens not looked at; None if
             the method does not ask.
+        sink_k: (B, L, H, sinks, D) keys of the sinks at their absolute positions, the first in place of those that a
+            region lacks; None if sinks do not turn, as with the following.
+        frequencies_Bd: fp32, radians per token by which they turn.
 
     Example:
         >>> shape = ArenaShape(batch=1, num_layers=1, num_kv_heads=1, head_dim=4, slots=8, dtype=torch.float32)
@@ -101,6 +105,11 @@ class ArenaCache:
         if shape.evict is not None:
             self.stat = torch.zeros(B, shape.slots, dtype=torch.float32, device=device)
             self.recent, self.worst = integers(B, L, H), integers(B, L, H)
+        self.sink_k: Tensor | None = None
+        self.frequencies_Bd: Tensor | None = None
+        if shape.sinks:
+            self.sink_k = torch.zeros(B, L, H, shape.sinks, D, dtype=shape.dtype, device=device)
+            self.frequencies_Bd = torch.zeros(B, D // 2, device=device)
         if compiled:
             for tensor in (self.k, self.v, self.pos, self.stat):
                 if tensor is not None:
@@ -113,8 +122,9 @@ class ArenaCache:
         """Bytes allocated, of everything that the cache owns."""
         tables = (self.offset, self.capacity, self.kept, self.ring_start, self.length, self._slot)
         small = (self.position, self.generated, self._active_B)
-        asked = (tensor for tensor in (self.stat, self.recent, self.worst, self.ends) if tensor is not None)
-        return sum(tensor.nbytes for tensor in (self.k, self.v, self.pos, *tables, *small, *asked))
+        asked = (self.stat, self.recent, self.worst, self.ends, self.sink_k, self.frequencies_Bd)
+        given = (tensor for tensor in asked if tensor is not None)
+        return sum(tensor.nbytes for tensor in (self.k, self.v, self.pos, *tables, *small, *given))
 
     @property
     def most(self) -> int:
@@ -247,9 +257,44 @@ class ArenaCache:
         if self.recent is not None and self.shape.evict is not None:
             self.recent.copy_(self.shape.evict.protected(self.capacity - 1))
             self._slot.copy_(self.offset + self.kept)
+        if self.sink_k is not None:
+            _, slot_BX1 = self._sink_places()
+            self.sink_k.copy_(self.k.gather(1, slot_BX1.expand(-1, -1, self.k.shape[2])).view_as(self.sink_k))
+
+    def restore_sinks(self) -> None:
+        """Turn sinks back to their absolute positions, as a prompt finds and leaves them."""
+        if self.sink_k is not None:
+            self._write_sinks(self.sink_k, self._sink_places()[1], torch.ones_like(self._active_B))
+
+    def _turn_sinks(self) -> None:
+        """Put sinks as far before this step's queries as their places in the region are before the last one.
+
+        All other tokens are there already: they are those before the query, without a gap.
+        """
+        if self.sink_k is None or self.frequencies_Bd is None:
+            return
+        place_BLHs, slot_BX1 = self._sink_places()
+        pos_BLHs = self.pos.gather(1, slot_BX1[..., 0]).view_as(place_BLHs)
+        skipped_BLH = self.position[:, None, None] + 1 - self.length
+        by_BLHs = skipped_BLH[..., None] + place_BLHs - pos_BLHs
+        turned_BLHsD = turn(self.sink_k, by_BLHs, self.frequencies_Bd[:, None, None, None])
+        self._write_sinks(turned_BLHsD, slot_BX1, self._active_B)
+
+    def _sink_places(self) -> tuple[Tensor, Tensor]:
+        """Where each sink is: (B, L, H, sinks) in its region, and (B, L * H * sinks, 1) in the arena."""
+        place_s = torch.arange(self.shape.sinks, dtype=torch.int32, device=self.k.device)
+        place_BLHs = place_s * (place_s < self.ring_start[..., None])
+        return place_BLHs, (self.offset[..., None] + place_BLHs).flatten(1)[..., None].long()
+
+    def _write_sinks(self, k_BLHsD: Tensor, slot_BX1: Tensor, active_B: Tensor) -> None:
+        """Place keys of rows that take part. Who shares a slot, as readers and their source do, has equal keys."""
+        slot_BXD = slot_BX1.expand(-1, -1, self.k.shape[2])
+        there_BLH11 = (active_B[:, None, None] & (self.ring_start > 0))[..., None, None]
+        before_BLHsD = self.k.gather(1, slot_BXD).view_as(k_BLHsD)
+        self.k.scatter_(1, slot_BXD, torch.where(there_BLH11, k_BLHsD, before_BLHsD).flatten(1, 3))
 
     def begin_step(self, active_B: Tensor) -> None:
-        """Choose, for all layers at once, where the next token of every head goes.
+        """Choose, for all layers at once, where the next token of every head goes, and turn sinks to it.
 
         Where the worst token goes, that was chosen by the end of the last step.
 
@@ -261,6 +306,7 @@ class ArenaCache:
             self._slot.copy_(self.offset + ring_slot(self.ring_start, self.kept, self.capacity, self.generated))
         held_BLH = self.kept + (self.generated + active_B)[:, None, None]
         self.length.copy_(torch.minimum(held_BLH, self.capacity))
+        self._turn_sinks()
 
     def end_step(self) -> None:
         """Count the token that every active row has stored."""

@@ -16,6 +16,7 @@ from layers.cache.staging import Candidates, Staging
 from layers.compress.scorers import Observation
 from layers.linear import Linear
 from layers.methods.base import Method
+from layers.rope import turn
 
 
 class PromptPass:
@@ -35,8 +36,11 @@ class PromptPass:
         room: per row, slots of each KV head for generated tokens.
         new_tokens: per row, how many of the chunk's T tokens are real; the rest is padding on the right.
         outputs: the layers' output projections in turn, for methods that look at them.
-        frequencies_Bd: angular frequencies of RoPE, for methods that look at them.
+        frequencies_Bd: angular frequencies of RoPE, for methods that look at them or turn sinks.
         ends_BT: bool, new tokens that end a sentence, for methods that ask (`Method.sentences`).
+
+    Raises:
+        ValueError: the cache was planned for another kind of method, **or** there are no frequencies to turn sinks by.
 
     Example:
         >>> from layers.methods import build_method
@@ -65,6 +69,17 @@ class PromptPass:
     ) -> None:
         device = cache.k.device
         self.cache, self.method = cache, method
+        if cache.shape.evict != method.evict:
+            raise ValueError(f"the cache was planned for {cache.shape.evict}, {method.name} needs {method.evict}")
+        if cache.shape.sinks != method.turned_sinks:
+            raise ValueError(
+                f"the cache was planned to turn {cache.shape.sinks} sinks, {method.name} turns {method.turned_sinks}"
+            )
+        if cache.frequencies_Bd is not None:
+            if frequencies_Bd is None:
+                raise ValueError(f"{method.name} turns sinks: give PromptPass `frequencies_Bd`")
+            cache.frequencies_Bd.copy_(frequencies_Bd)
+        cache.restore_sinks()
         self.new_B = torch.tensor(new_tokens, dtype=torch.int32, device=device)
         new_T = torch.arange(max(new_tokens), dtype=torch.int32, device=device)
         self.position_BT = cache.position[:, None] + new_T
@@ -73,8 +88,6 @@ class PromptPass:
         self._past_offset, self._past_length = cache.offset.clone(), cache.length.clone()
         self._past_pos = cache.pos.clone()
         self._past_k, self._past_v = cache.k, cache.v
-        if cache.shape.evict != method.evict:
-            raise ValueError(f"the cache was planned for {cache.shape.evict}, {method.name} needs {method.evict}")
         self._past_next_slot = cache.next_slot.clone()
         self._adds = method.evict is not None and method.evict.accumulate
         self._past_stat = cache.stat.clone() if self._adds and cache.stat is not None else None
@@ -102,9 +115,10 @@ class PromptPass:
     def attend(self, layer_1: Tensor, q_BTND: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, window: int | None) -> Tensor:
         """Attend, then keep the layer's share; see `layers.cache.base.KVCache`."""
         k_BHSD, v_BHSD, pos_BHS = self._with_past(layer_1, k_BTHD, v_BTHD)
-        o_BTND = ragged_prefill(q_BTND, k_BHSD, v_BHSD, pos_BHS, self.position_BT, window)
+        turned_BHSD = self._with_turned_sinks(k_BHSD, pos_BHS)
+        o_BTND = ragged_prefill(q_BTND, turned_BHSD, v_BHSD, pos_BHS, self.position_BT, window)
         if self._layer in self._readers:
-            self._dense[self._layer] = k_BHSD, v_BHSD, pos_BHS
+            self._dense[self._layer] = turned_BHSD, v_BHSD, pos_BHS
         self.keep(layer_1, q_BTND, k_BHSD, v_BHSD, pos_BHS, window)
         return o_BTND
 
@@ -222,6 +236,19 @@ class PromptPass:
             torch.cat((self._past_v[row_B11, index_BHC], v_BHTD), dim=2),
             torch.cat((pos_BHC, pos_BHT), dim=2),
         )
+
+    def _with_turned_sinks(self, k_BHSD: Tensor, pos_BHS: Tensor) -> Tensor:
+        """Keys of which sinks are as far before the chunk as stored tokens are many; what is stored does not turn."""
+        past = len(self._past_C)
+        if self.cache.frequencies_Bd is None or not past:
+            return k_BHSD
+        held_BH1 = (pos_BHS[..., :past] >= 0).sum(-1, keepdim=True)
+        sink_s = torch.arange(self.method.sinks, device=k_BHSD.device)
+        column_BHs = (past - held_BH1 + sink_s).clamp(max=past - 1)
+        by_BHs = self.cache.position[:, None, None] - past + column_BHs - pos_BHS.gather(2, column_BHs)
+        column_BHsD = column_BHs[..., None].expand(-1, -1, -1, k_BHSD.shape[3])
+        turned_BHsD = turn(k_BHSD.gather(2, column_BHsD), by_BHs, self.cache.frequencies_Bd[:, None, None])
+        return k_BHSD.scatter(2, column_BHsD, turned_BHsD)
 
     def _past(self, layer_1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Row, slot and position of what is stored, in order of position, empty places first."""

@@ -37,6 +37,8 @@ class Method:
         default_budget: tokens per KV head when the user names none; None for a method that keeps everything.
         refine: scores a layer's tokens anew once each head's budget is known; None where one look is enough.
         shared_layers: share of the layers that read an earlier layer's keys and values instead of their own.
+        in_cache: distances are those between places in a region instead of those in the text. Asks for a ring over the
+            prompt, behind whose sinks a region holds an unbroken run of tokens up to the newest.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Method:
     default_budget: int | None = 128
     refine: Refiner | None = None
     shared_layers: float = 0.0
+    in_cache: bool = False
 
     def __post_init__(self) -> None:
         least = 0 if self.evict else 1
@@ -73,6 +76,11 @@ class Method:
     def protected(self) -> int:
         """Tokens that every head keeps whatever their score: the smallest budget that makes sense."""
         return max(1, self.sinks + self.recent)
+
+    @property
+    def turned_sinks(self) -> int:
+        """First tokens of every region whose keys turn with each query."""
+        return self.sinks if self.in_cache else 0
 
     @property
     def sharing(self) -> SharingAllocator | None:
