@@ -7,6 +7,8 @@ compressed, and the question follows as a second turn. Then the gold answer is f
 cache, which gives its log-likelihood. A needle (tasks noise and prose) counts as found when every token of the
 asked-for value is the most likely one, which is what greedy decoding from the words that lead up to it would give.
 Answers of RULER's families are generated and searched for what was asked for.
+
+`--peers kvpress` puts the same questions to kvpress's presses; each of them pays its own prefills.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import argparse
 import json
 import math
 import random
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -28,21 +31,22 @@ from torch import Tensor
 
 from checkpoints import CheckpointError
 from kernels import native
+from recipes import press_scores
 from recipes.needles import TASKS as NEEDLES
+from recipes.peers import Shared
 from recipes.questions import TASKS, Question, make_questions
 from recipes.replay import Record, Replay, answer, generate
 from zoo import Engine, Loaded, load, machine
 
 CACHES = ["headkv", "headkv:preset=published,beta=1.1", "snapkv", "snapkv:preset=tuned", "streaming"]
 
+PEERS_NOTE = [
+    "Presses of kvpress keep as many tokens of what they compress; a question that comes later stays whole on top.",
+    "Their MiB are what their caches take, for the first prompt: AdaKV hides tokens, but holds them all.",
+    "",
+]
+
 ROOM = 64  # tokens of an answer, in the caches whose bytes are reported
-
-
-def likelihood(logits_AV: Tensor, question: Question) -> tuple[bool, float]:
-    """Whether each token of the gold answer is the likeliest, and their negative log-likelihood in nats per token."""
-    gold_A = torch.tensor(question.gold, device=logits_AV.device)
-    log_AV = logits_AV[-len(gold_A) :].float().log_softmax(-1)
-    return bool((log_AV.argmax(-1) == gold_A).all()), -float(log_AV.gather(1, gold_A[:, None]).mean())
 
 
 def check_with_engine(engine: Engine, question: Question, mode: str, expected_AV: Tensor) -> None:
@@ -102,7 +106,7 @@ def evaluate(
         for row, (budget, engine) in enumerate(by_budget.items()):
             if verify:
                 check_with_engine(engine, question, mode, logits[number][row])
-            right, nll = likelihood(logits[number][row], question)
+            right, nll = question.likelihood(logits[number][row])
             score = float(right)
             if texts is not None:
                 score = question.score(record.loaded.tokenizer.decode(texts[number][row]))
@@ -156,6 +160,7 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
         "fidelity, as fewer tokens distract less. ΔNLL: nats per token of the gold answer above the full cache.",
         "Brackets: 95 % intervals (Wilson, bootstrap). The columns with fractions count by task and kind of fact.",
         "",
+        *(PEERS_NOTE if any("versions" in row for part in parts.values() for row in part) else []),
         *(f"    {command}" for command in sorted({row["command"] for part in parts.values() for row in part})),
     ]
     for (tokens, question), part in sorted(parts.items()):
@@ -278,6 +283,7 @@ def run(loaded: Loaded, args: argparse.Namespace, origin: dict[str, Any]) -> lis
         )
     ]
     rows, wanted = read_rows(args.output), []
+    shared = Shared(loaded) if args.peers else None
     for tokens, task, number, question in track(jobs, "Questions", console=Console(stderr=True)):
         record: Record | None = None
         for mode in args.question:
@@ -289,21 +295,28 @@ def run(loaded: Loaded, args: argparse.Namespace, origin: dict[str, Any]) -> lis
             if not missing:
                 continue
             started = time.perf_counter()
-            most = min(tokens + ROOM, loaded.config.max_position)
-            record = record or Record(loaded, question.context + question.question)
-            sizes = {"max_new_tokens": ROOM, "max_context": most, "importance": args.importance}
-            engines = {
-                cache: {budget: Engine(loaded, cache=cache, budget=budget, **sizes) for budget in budgets}
-                for cache, budgets in missing.items()
-            }
-            results = evaluate(record, question, mode=mode, engines=engines, verify=number < args.verify)
-            mebibytes = {
-                cache: {str(budget): round(engine.cache.nbytes / 2**20, 2) for budget, engine in by_budget.items()}
-                for cache, by_budget in engines.items()
-            }
+            presses = {cache: missing.pop(cache) for cache in args.peers if cache in missing}
             row = origin | key | {"split": args.split, "task": task, "kind": question.kind, "seed": args.seed}
-            row |= {"index": number, "depth": question.depth, "seconds": round(time.perf_counter() - started, 2)}
-            row |= {"mebibytes": mebibytes, "results": results}
+            row |= {"index": number, "depth": question.depth, "mebibytes": {}, "results": {}}
+            if missing:
+                most = min(tokens + ROOM, loaded.config.max_position)
+                record = record or Record(loaded, question.context + question.question)
+                sizes = {"max_new_tokens": ROOM, "max_context": most, "importance": args.importance}
+                engines = {
+                    cache: {budget: Engine(loaded, cache=cache, budget=budget, **sizes) for budget in budgets}
+                    for cache, budgets in missing.items()
+                }
+                row["results"] = evaluate(record, question, mode=mode, engines=engines, verify=number < args.verify)
+                row["mebibytes"] = {
+                    cache: {str(budget): round(engine.cache.nbytes / 2**20, 2) for budget, engine in by_budget.items()}
+                    for cache, by_budget in engines.items()
+                }
+            if shared and presses:
+                theirs = press_scores.evaluate(shared, question, mode=mode, presses=presses, room=ROOM)
+                row["results"] |= theirs.results
+                row["mebibytes"] |= theirs.mebibytes
+                row |= {"kept": theirs.kept, "versions": press_scores.versions()}
+            row["seconds"] = round(time.perf_counter() - started, 2)
             with args.output.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             wanted.append(row)
@@ -312,7 +325,8 @@ def run(loaded: Loaded, args: argparse.Namespace, origin: dict[str, Any]) -> lis
 
 def _missing(args: argparse.Namespace, tokens: int, done: list[dict[str, Any]]) -> dict[str, list[int]]:
     """Budgets by cache that no row has; the full cache is always asked for."""
-    wanted = {"full": [tokens]} | {cache: args.budgets for cache in args.caches if cache != "full"}
+    wanted = {"full": [tokens]} | {cache: args.budgets for cache in (*args.caches, *args.peers) if cache != "full"}
+    wanted |= {"kvpress:full": [tokens]} if "kvpress:full" in args.peers else {}
     left = {
         cache: [b for b in budgets if not any(str(b) in row["results"].get(cache, {}) for row in done)]
         for cache, budgets in wanted.items()
@@ -331,6 +345,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompts", type=int, default=24, help="questions per task")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--caches", nargs="+", default=CACHES, help="methods with options, e.g. headkv:beta=1.1")
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        default=[],
+        metavar="PEER",
+        help="kvpress for its presses, or presses by name, e.g. kvpress:snapkv or 'kvpress:snapkv(window_size=32)'",
+    )
     parser.add_argument("--budgets", type=int, nargs="+", default=[32, 64, 128, 256], help="tokens per KV head")
     parser.add_argument("--importance", type=Path, help="head-importance file (default: the one that ships)")
     parser.add_argument(
@@ -345,6 +366,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="CPU threads")
     args = parser.parse_args(argv)
     try:
+        args.peers = press_scores.names(args.peers)
         commit = machine.commit()  # before the long part, during which the tree may change
         if args.threads:
             torch.set_num_threads(args.threads)
@@ -359,7 +381,7 @@ def main(argv: list[str] | None = None) -> int:
             "dtype": args.dtype,
             "template_sha256": loaded.chat.template_hash,
             "commit": commit,
-            "command": "python -m recipes.leaderboard " + " ".join(sys.argv[1:] if argv is None else argv),
+            "command": "python -m recipes.leaderboard " + shlex.join(sys.argv[1:] if argv is None else argv),
         }
         rows = run(loaded, args, origin)
         text = table(rows)

@@ -7,6 +7,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from recipes import needles
 from recipes.tasks.example import Example
 from recipes.tasks.metrics import string_match
@@ -48,6 +51,19 @@ class Question:
     def room(self) -> int:
         """Tokens that an answer takes at most."""
         return len(self.lead) + max(len(self.gold), self.example.max_new_tokens if self.example else 0)
+
+    def likelihood(self, logits_AV: Tensor) -> tuple[bool, float]:
+        """Judge what a model predicted where it was fed the gold answer.
+
+        Args:
+            logits_AV: at each of its tokens, and perhaps of `lead` before it.
+
+        Returns:
+            Whether each gold token is the likeliest, and their negative log-likelihood in nats per token.
+        """
+        gold_A = torch.tensor(self.gold, device=logits_AV.device)
+        log_AV = logits_AV[-len(gold_A) :].float().log_softmax(-1)
+        return bool((log_AV.argmax(-1) == gold_A).all()), -float(log_AV.gather(1, gold_A[:, None]).mean())
 
     def score(self, text: str) -> float:
         """How much of what was asked for a generated answer holds, 0 to 1."""

@@ -1,0 +1,148 @@
+"""kvpress's presses get our questions: the same weights, as many tokens, the same judgement."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import recipes.leaderboard as leaderboard
+from recipes.peers import Shared
+from recipes.press_scores import PRESSES, Pressed, evaluate, names, parse
+from recipes.questions import Question
+from recipes.replay import Record
+from tests import tiny
+from tests.test_bench_peers import tiny_model
+from tests.test_recipes import CHAT, Words
+from zoo import Engine
+
+CONTEXT = tiny.tokens(90)
+QUESTION = Question(
+    task="noise",
+    kind="number",
+    depth=0.5,
+    context=CONTEXT,
+    question=tiny.tokens(7, "question"),
+    lead=tiny.tokens(3, "lead"),
+    gold=tiny.tokens(4, "gold"),
+)
+SNAPKV, ADAKV = "kvpress:snapkv(window_size=8)", "kvpress:adakv(window_size=8,alpha_safeguard=1.0)"
+PYRAMID = "kvpress:pyramidkv(window_size=4,beta=3)"
+
+
+@pytest.fixture(params=["llama/plain", "qwen3/wide-heads"])
+def shared(request: pytest.FixtureRequest, tmp_path: Path) -> Shared:
+    pytest.importorskip("kvpress")
+    return Shared(tiny_model(request.param, tmp_path, max_position_embeddings=400))
+
+
+@pytest.mark.parametrize("mode", ["seen", "unseen"])
+def test_without_compression_scores_are_those_of_our_full_cache(shared: Shared, mode: str) -> None:
+    engine = Engine(shared.loaded, cache="full", max_new_tokens=16)
+    record = Record(shared.loaded, CONTEXT + QUESTION.question)
+    (ours,) = leaderboard.evaluate(record, QUESTION, mode=mode, engines={"full": {97: engine}})["full"].values()
+    presses = {"kvpress:full": [97], "kvpress:adakv": [16], "kvpress:snapkv": [97, 200]}
+    theirs = evaluate(shared, QUESTION, mode=mode, presses=presses, room=5).results
+    assert theirs["kvpress:full"]["97"] == pytest.approx(ours, abs=1e-4)
+    assert theirs["kvpress:snapkv"]["97"] == theirs["kvpress:snapkv"]["200"] == theirs["kvpress:full"]["97"]
+    assert theirs["kvpress:adakv"]["16"][1] != pytest.approx(ours[1], abs=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["seen", "unseen"])
+def test_every_press_keeps_the_budget(shared: Shared, mode: str) -> None:
+    budgets = [16, 70]
+    presses = {name: budgets for name in [*names(["kvpress"]), SNAPKV, ADAKV, PYRAMID]}
+    scores = evaluate(shared, QUESTION, mode=mode, presses=presses, room=5)
+    config, later = shared.loaded.config, 0 if mode == "seen" else 7
+    token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4
+    for name in presses:
+        for budget in budgets:
+            kept, mebibytes = scores.kept[name][str(budget)], scores.mebibytes[name][str(budget)]
+            if name == PYRAMID:
+                assert kept == pytest.approx(budget, abs=0.5)
+            else:
+                assert kept == budget
+            nbytes = (kept + later + 5) * token
+            if "adakv" in name:  # which holds what it hides, and three indices for each
+                heads, hidden = config.num_layers * config.num_kv_heads, 97 - later - budget
+                nbytes += hidden * (token + 24 * heads)
+            assert mebibytes == pytest.approx(nbytes / 2**20, abs=0.0051)
+    # Where every head is guaranteed its share, hiding tokens is as good as dropping them.
+    for budget in ("16", "70"):
+        assert scores.results[ADAKV][budget] == pytest.approx(scores.results[SNAPKV][budget], abs=1e-4)
+
+
+@pytest.mark.parametrize("name", [SNAPKV, PYRAMID, "kvpress:adakv(window_size=8)"])
+def test_reading_on_is_the_same_token_by_token_and_after_going_back(shared: Shared, name: str) -> None:
+    prompt = Pressed(shared, name, CONTEXT, 24)
+    assert prompt._alike == (name == SNAPKV)
+    together = prompt.read([5, 6, 7])
+    prompt.forget(3)
+    singly = [prompt.read([token])[-1] for token in (5, 6, 7)]
+    for expected, logits in zip(together[1:], singly, strict=True):
+        assert logits.tolist() == pytest.approx(expected.tolist(), abs=1e-4)
+    assert prompt.read([]).shape == (1, shared.loaded.config.vocab_size)
+
+
+def test_the_leaderboard_has_presses_beside_our_caches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("kvpress")
+    loaded = tiny_model("llama/plain", tmp_path, max_position_embeddings=400)
+    loaded = replace(loaded, tokenizer=Words(), chat=CHAT)
+    monkeypatch.setattr(leaderboard, "load", lambda name, **_: loaded)
+    output = tmp_path / "out.jsonl"
+    arguments = ["--tasks", "noise", "vt", "--tokens", "380", "--question", "seen", "unseen", "--prompts", "1"]
+    arguments += ["--caches", "streaming", "--budgets", "16", "24", "--output", str(output)]
+
+    def rows(*peers: str) -> list[dict[str, Any]]:
+        assert leaderboard.main([*arguments, "--peers", *peers]) == 0
+        return [json.loads(line) for line in output.read_text().splitlines()]
+
+    first = rows("kvpress:streamingllm")
+    assert len(first) == 4 and all(list(r["results"]) == ["full", "streaming", "kvpress:streamingllm"] for r in first)
+    assert all(r["kept"] == {"kvpress:streamingllm": {"16": 16, "24": 24}} and r["seconds"] for r in first)
+    assert len(rows("kvpress:streamingllm")) == 4
+    more = rows("kvpress:streamingllm", "kvpress:full", SNAPKV)[4:]
+    assert len(more) == 4 and all(list(row["results"]) == ["kvpress:full", SNAPKV] for row in more)
+    assert f"--peers kvpress:streamingllm kvpress:full '{SNAPKV}'" in more[0]["command"]
+    for old, new in zip(first, more, strict=True):
+        assert new["results"]["kvpress:full"]["380"] == pytest.approx(old["results"]["full"]["380"], abs=1e-4)
+    text = capsys.readouterr().out
+    assert f"`{SNAPKV}`" in text and "AdaKV hides tokens" in text
+
+
+def test_names_that_are_none() -> None:
+    for wrong in ("kvpress:nothing", "presses"):
+        with pytest.raises(ValueError, match="no peer"):
+            parse(wrong)
+    for wrong in ("kvpress:full(a=1)", "kvpress:tova(1)", "kvpress:tova(", "kvpress:tova()()"):
+        with pytest.raises(ValueError, match="not a press with options"):
+            parse(wrong)
+
+
+def test_who_lacks_kvpress_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="kvpress is not installed"):
+        names(["kvpress"])
+
+
+def test_wrong_options_and_short_prompts_are_refused(shared: Shared) -> None:
+    assert names(["kvpress", "kvpress:tova"]) == [f"kvpress:{name}" for name in PRESSES]
+    with pytest.raises(ValueError, match=r"snapkv.window=8.: .*unexpected keyword argument 'window'"):
+        names(["kvpress:snapkv(window=8)"])
+    with pytest.raises(ValueError, match=r"snapkv cannot compress 60 tokens to 8: .*window"):
+        Pressed(shared, "kvpress:snapkv", CONTEXT[:60], 8)
+
+
+def test_a_press_and_our_method_of_the_same_settings_agree(shared: Shared) -> None:
+    ours, presses = "snapkv:window=8,recent=8,ahead=2,behind=2,pooling=mean", {SNAPKV: [16, 40]}
+    engines = {ours: {budget: Engine(shared.loaded, cache=ours, budget=budget) for budget in (16, 40)}}
+    record = Record(shared.loaded, CONTEXT + QUESTION.question)
+    expected = leaderboard.evaluate(record, QUESTION, mode="seen", engines=engines)[ours]
+    theirs = evaluate(shared, QUESTION, mode="seen", presses=presses, room=5).results[SNAPKV]
+    assert theirs["16"] == pytest.approx(expected["16"], abs=1e-4)
+    assert theirs["40"] == pytest.approx(expected["40"], abs=1e-4)
