@@ -14,6 +14,7 @@ Answers of RULER's families are generated and searched for what was asked for.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import random
@@ -287,9 +288,9 @@ def run(loaded: Loaded, args: argparse.Namespace, origin: dict[str, Any]) -> lis
     for tokens, task, number, question in track(jobs, "Questions", console=Console(stderr=True)):
         record: Record | None = None
         for mode in args.question:
-            key = {name: origin[name] for name in ("model", "dtype", "template_sha256")}
+            key = {name: origin[name] for name in ("model", "dtype", "template_sha256", "importance_sha256")}
             key |= {"tokens": tokens, "question": mode, "prompt_sha256": question.sha256}
-            done = [row for row in rows if key.items() <= row.items()]
+            done = [row for row in rows if all(row.get(name) == value for name, value in key.items())]
             wanted += done
             missing = _missing(args, tokens, done)
             if not missing:
@@ -380,6 +381,7 @@ def main(argv: list[str] | None = None) -> int:
             "model": loaded.name,
             "dtype": args.dtype,
             "template_sha256": loaded.chat.template_hash,
+            "importance_sha256": hashlib.sha256(args.importance.read_bytes()).hexdigest() if args.importance else None,
             "commit": commit,
             "command": "python -m recipes.leaderboard " + shlex.join(sys.argv[1:] if argv is None else argv),
         }

@@ -282,11 +282,10 @@ def _joined(caches: Sequence[ArenaCache]) -> ArenaCache:
     first = 0
     for cache in caches:
         rows = joined.first(first + cache.shape.batch)
-        for name, tensor in vars(cache).items():
-            if isinstance(tensor, Tensor) and len(tensor) == cache.shape.batch:
-                part = getattr(rows, name)[first:]
-                if tensor.ndim > 1:
-                    part = part[:, : tensor.shape[1]]
-                part.copy_(tensor)
+        for name, tensor in cache.save().items():
+            part = getattr(rows, name)[first:]
+            if tensor.ndim > 1:
+                part = part[:, : tensor.shape[1]]
+            part.copy_(tensor)
         first += cache.shape.batch
     return joined

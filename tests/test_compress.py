@@ -692,6 +692,8 @@ def test_a_calibration_without_what_a_method_needs_says_what_makes_it(spec, miss
         ("snapkw", "choose from adakv, "),
         ("expected_attention", "no cache method is called 'expected_attention'"),
         ("expected-attention:future=0", "future must be at least 1"),
+        ("expected-attention:epsilon=nan", "epsilon must be at least 0"),
+        ("headkv:scores=layer_errors", "shares budgets out by heads"),
         ("criticalkv:alpha=1.5", "alpha must be between 0 and 1"),
         ("criticalkv:alpha=nan", "alpha must be between 0 and 1"),
         ("criticalkv:window=8", "no option 'window=8': write name=value with alpha"),

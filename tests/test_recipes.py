@@ -406,6 +406,8 @@ def test_generating_equals_the_engine(loaded: Loaded, importance: Path) -> None:
     texts = [engine.generate([made.ids])[0] for engine in engines]
     replay = Replay(Record(loaded, made.ids), engines[0].method, budgets, room=9)
     for _ in range(2):  # the replay's own cache stays as it was
+        many = [Replay(Record(loaded, made.ids[:40]), build_method("tova"), [1, 2, 3, 3], room=4) for _ in range(2)]
+        assert len(answer(many, [3, 4])) == 2  # as many rows as the largest region has slots
         assert generate([replay], [], max_new_tokens=9, stop_ids=()) == [texts]
     (led,) = generate([replay], texts[1][:2], max_new_tokens=7, stop_ids=texts[1][5:6])
     assert led[1] == texts[1][2 : texts[1].index(texts[1][5], 2)]

@@ -523,7 +523,8 @@ def print_choices() -> None:
         evicts = method.ring_over_prompt or method.evict
         scores = ", ".join(_words(part) for part in (method.scorer, method.refine) if part is not None)
         parts.add_row(name, scores, _words(method.allocator), *("yes" if x else "-" for x in (calibrated, evicts)))
-    allocators = f"[italic]Any method but full, with other budgets[/] :allocator={'|'.join(allocator_names())}"
+    fixed = "full, tova, and what changes others, as criticalkv+snapkv and kvsharer+headkv"
+    allocators = f"[italic]With other budgets (but not {fixed})[/] :allocator={'|'.join(allocator_names())}"
     dtypes = f"[italic]--dtype[/] {', '.join(DTYPES)}"
     console.print(models, "", methods, "", parts, "", allocators, "", dtypes, sep="\n")
 

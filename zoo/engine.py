@@ -35,7 +35,7 @@ class Stats:
     Args:
         cache: the method.
         budget: as parsed; None for a cache that keeps everything.
-        kept: (B, L, H) int32, tokens held by each KV head.
+        kept: (B, L, H) int32, tokens held by each KV head; where decoding evicts, with the one that goes next.
         nbytes: bytes of the cache's allocation.
         full_nbytes: bytes that a full cache of the tokens seen would take, in the same dtype, keys and values alone.
         tokens_seen: per row.

@@ -440,7 +440,7 @@ class ExpectedAttention:
         compat: the published code: the first tokens do not share in the softmax.
 
     Raises:
-        ValueError: `future` is below 1.
+        ValueError: `future` is below 1, **or** `epsilon` is not a number from 0 on.
 
     Source:
         Devoto et al., Expected Attention, 2025.
@@ -462,6 +462,8 @@ class ExpectedAttention:
     def __post_init__(self) -> None:
         if self.future < 1:
             raise ValueError(f"future must be at least 1, not {self.future}")
+        if not 0 <= self.epsilon < float("inf"):
+            raise ValueError(f"epsilon must be at least 0, not {self.epsilon}")
 
     def __call__(self, seen: Observation) -> Tensor:
         """Score by expected attention."""

@@ -29,7 +29,7 @@ def allocate(
         compat: the published code's rounding instead of exact, water-filled totals.
 
     Raises:
-        ValueError: no importance of that kind is given.
+        ValueError: no importance of that kind is given, **or** it is not one of heads.
 
     Example:
         >>> import torch
@@ -37,6 +37,10 @@ def allocate(
         3.0
     """
     importance_LN = calibrated("headkv", importance, scores)
+    if importance_LN.ndim != 2:
+        raise ValueError(
+            f"headkv shares budgets out by heads, and {scores!r} tells layers apart: choose r, r2 or semantic"
+        )
     return HeadImportance(importance_LN=importance_LN, beta=beta, protected=protected, compat=compat)
 
 
