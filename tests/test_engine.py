@@ -589,7 +589,7 @@ def test_generation_stops_at_stop_ids_and_at_the_context(loaded):
     engine = Engine(loaded, cache="full", max_new_tokens=30, max_context=40)
     (ids,) = engine.generate(tokens(20))
     assert len(ids) == 20
-    stopping = Loaded(**{**vars(loaded), "chat": SimpleNamespace(stop_ids=frozenset({ids[4]}))})
+    stopping = replace(loaded, chat=SimpleNamespace(stop_ids=frozenset({ids[4]})))
     (short,) = Engine(stopping, cache="full", max_new_tokens=30, max_context=40).generate(tokens(20))
     assert short == ids[: ids.index(ids[4])]
 

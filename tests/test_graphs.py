@@ -502,7 +502,7 @@ def test_an_engine_whose_step_cannot_be_captured_says_so(cuda):
     engine = Engine(make_loaded(), cache="full", max_context=100)
     engine._capture = partial(CudaGraphs, torch.device("cuda"))
     engine.prefill(tokens(20))
-    engine.model.rope.rotation = lambda *_: (_ for _ in ()).throw(RuntimeError("no"))
+    engine.model.rope.rotation = lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no"))
     with pytest.raises(GraphError, match=r"cannot be captured \(no\)"):
         engine.step([1])
     assert engine.tokens_seen == [20]

@@ -126,7 +126,7 @@ class Written:
             else:
                 lists = (x[layer].tolist() for x in (self.q, self.k, self.v))
                 out = self.model.blocks[layer].attention.out.weight.tolist()
-                seen = test_methods.Turn(*lists, out, self.frequencies, self.held[layer], first, end)
+                seen = test_methods.Turn(*lists, None, out, self.frequencies, self.held[layer], first, end)
                 self.held[layer] = seen.keep(test_methods.ORACLES[SPEC], rank, self.budget, self.importance, None)
         self.kept = [[list(head) for head in layer] for layer in self.held]
         if self.budget is not None:
