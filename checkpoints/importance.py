@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from checkpoints.config import ModelConfig, config_hash
+from checkpoints.artefact import check_model, read_object
+from checkpoints.config import ModelConfig
 from checkpoints.errors import CheckpointError
 from checkpoints.storage import atomic_file
 
@@ -99,29 +100,10 @@ def read_all_importance(
         CheckpointError: no such file; not valid json; made for another model; not numbers that are finite and >= 0, per
             layer and query head, or per layer.
     """
-    try:
-        data = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"cannot read the head importance file {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid json ({error}): make it again with calibrate_heads") from error
-    if not isinstance(data, dict) or not data:
-        raise CheckpointError(f"{path} is not a head importance file: it must hold a json object with scores")
+    data = read_object(path, what="head importance file", holds="scores", recipe="calibrate_heads")
     if "methods" not in data:
         return _published(path, data, config)
-
-    if data.get("version") != _VERSION:
-        raise CheckpointError(f"{path} has version {data.get('version')!r}: supported is {_VERSION}; calibrate again")
-    model_id = data.get("model_id")
-    for what, stated, ours in (
-        ("configuration", data.get("config_hash"), config_hash(config)),
-        ("tokenizer", data.get("tokenizer_hash"), tokenizer_hash),
-    ):
-        if ours is not None and stated != ours:
-            raise CheckpointError(
-                f"{path} is of another model: it was made for {model_id!r} with {what} {str(stated)[:12]}, and this "
-                f"{config.model_type} model has {ours[:12]}; calibrate this model's own"
-            )
+    check_model(path, data, version=_VERSION, config=config, tokenizer_hash=tokenizer_hash, again="calibrate")
     methods, provenance = data["methods"], data.get("provenance", {})
     found = {}
     for method in METHODS:
@@ -133,7 +115,7 @@ def read_all_importance(
             raise CheckpointError(f"{path}: trials must be a positive integer, not {trials!r}")
         read = _layer_scores if method == "layer_errors" else _head_scores
         found[method] = HeadImportance(
-            model_id=str(model_id),
+            model_id=str(data.get("model_id")),
             config_hash=data["config_hash"],
             tokenizer_hash=str(data.get("tokenizer_hash")),
             method=method,

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from checkpoints.config import ModelConfig, config_hash
+from checkpoints.artefact import check_model, read_object
+from checkpoints.config import ModelConfig
 from checkpoints.errors import CheckpointError
 from checkpoints.storage import atomic_file
 
@@ -100,33 +101,17 @@ def read_sharing(path: Path, *, config: ModelConfig, tokenizer_hash: str | None 
     Raises:
         CheckpointError: no such file; not valid json; not such a file; made for another model; pairs that cannot be.
     """
-    try:
-        data = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"cannot read the layer-sharing file {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid json ({error}): make it again with search_sharing") from error
-    if not isinstance(data, dict) or not isinstance(data.get("pairs"), list):
+    data = read_object(path, what="layer-sharing file", holds="pairs", recipe="search_sharing")
+    if not isinstance(data.get("pairs"), list):
         raise CheckpointError(f"{path} is not a layer-sharing file: it must hold a json object with pairs")
-    if data.get("version") != _VERSION:
-        raise CheckpointError(f"{path} has version {data.get('version')!r}: supported is {_VERSION}; search again")
-    model_id = data.get("model_id")
-    for what, stated, ours in (
-        ("configuration", data.get("config_hash"), config_hash(config)),
-        ("tokenizer", data.get("tokenizer_hash"), tokenizer_hash),
-    ):
-        if ours is not None and stated != ours:
-            raise CheckpointError(
-                f"{path} is of another model: it was made for {model_id!r} with {what} {str(stated)[:12]}, and this "
-                f"{config.model_type} model has {ours[:12]}; search this model's own"
-            )
+    check_model(path, data, version=_VERSION, config=config, tokenizer_hash=tokenizer_hash, again="search")
     try:
         pairs = [(pair["layer"], pair["source"], pair["similarity"]) for pair in data["pairs"]]
         if any(type(layer) is not int or type(source) is not int for layer, source, _ in pairs):
             raise TypeError("layers must be whole numbers")
         provenance = data.get("provenance", {})
         return LayerSharing(
-            model_id=str(model_id),
+            model_id=str(data.get("model_id")),
             config_hash=data["config_hash"],
             tokenizer_hash=str(data.get("tokenizer_hash")),
             num_layers=config.num_layers,

@@ -14,6 +14,7 @@ Answers of RULER's families are generated and searched for what was asked for.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import math
@@ -283,6 +284,13 @@ def run(loaded: Loaded, args: argparse.Namespace, origin: dict[str, Any]) -> lis
             )
         )
     ]
+
+    @functools.cache
+    def engine(name: str, budget: int, tokens: int) -> Engine:
+        most = min(tokens + ROOM, loaded.config.max_position)
+        sizes = {"max_new_tokens": ROOM, "max_context": most, "importance": args.importance}
+        return Engine(loaded, cache=name, budget=budget, **sizes)
+
     rows, wanted = read_rows(args.output), []
     shared = Shared(loaded) if args.peers else None
     for tokens, task, number, question in track(jobs, "Questions", console=Console(stderr=True)):
@@ -296,21 +304,19 @@ def run(loaded: Loaded, args: argparse.Namespace, origin: dict[str, Any]) -> lis
             if not missing:
                 continue
             started = time.perf_counter()
-            presses = {cache: missing.pop(cache) for cache in args.peers if cache in missing}
+            presses = {name: missing.pop(name) for name in args.peers if name in missing}
             row = origin | key | {"split": args.split, "task": task, "kind": question.kind, "seed": args.seed}
             row |= {"index": number, "depth": question.depth, "mebibytes": {}, "results": {}}
             if missing:
-                most = min(tokens + ROOM, loaded.config.max_position)
                 record = record or Record(loaded, question.context + question.question)
-                sizes = {"max_new_tokens": ROOM, "max_context": most, "importance": args.importance}
                 engines = {
-                    cache: {budget: Engine(loaded, cache=cache, budget=budget, **sizes) for budget in budgets}
-                    for cache, budgets in missing.items()
+                    name: {budget: engine(name, budget, tokens) for budget in budgets}
+                    for name, budgets in missing.items()
                 }
                 row["results"] = evaluate(record, question, mode=mode, engines=engines, verify=number < args.verify)
                 row["mebibytes"] = {
-                    cache: {str(budget): round(engine.cache.nbytes / 2**20, 2) for budget, engine in by_budget.items()}
-                    for cache, by_budget in engines.items()
+                    name: {str(budget): round(made.cache.nbytes / 2**20, 2) for budget, made in by_budget.items()}
+                    for name, by_budget in engines.items()
                 }
             if shared and presses:
                 theirs = press_scores.evaluate(shared, question, mode=mode, presses=presses, room=ROOM)

@@ -152,17 +152,21 @@ def search(
         The pairs, maybe fewer than asked for.
 
     Raises:
-        ValueError: more layers than can share.
+        ValueError: more layers than can share, **or** the journal is damaged.
     """
     L = loaded.config.num_layers
     if not 1 <= layers < L:
         raise ValueError(f"{layers} of {L} layers cannot share: ask for 1 to {L - 1}")
     settings = {**(settings or {}), "layers": layers, "threshold": threshold, "compat": compat}
     key = {"config_hash": config_hash(loaded.config), **settings}
+    key.pop("command", None)
     tried: list[float | None] = []  # per candidate: its similarity, None where its layer shared already
     if journal is not None and journal.exists():
-        noted = json.loads(journal.read_text())
-        tried = noted["tried"] if noted["key"] == key else []
+        try:
+            noted = json.loads(journal.read_text())
+            tried = noted["tried"] if noted["key"] == key else []
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{journal}, what an interrupted search left, is damaged: remove it") from None
     own_BTE, cache = run(loaded, ids_BT, range(L))
     pairs = candidates(cache.kept, compat=compat)
     columns = TextColumn("Sharing"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}")

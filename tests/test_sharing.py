@@ -591,6 +591,9 @@ def test_an_interrupted_search_goes_on(searched, tmp_path, monkeypatch):
     calls.clear()
     search_sharing.search(searched, ids, layers=4, threshold=-0.9, journal=journal)
     assert len(calls) == 1 + 4, "another threshold is another search"
+    journal.write_text(journal.read_text()[:-5])
+    with pytest.raises(ValueError, match="damaged: remove it"):
+        search_sharing.search(searched, ids, layers=4, threshold=-0.9, journal=journal)
 
 
 def test_the_command_says_when_it_found_fewer(searched, tmp_path, monkeypatch, capsys):

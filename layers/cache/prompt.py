@@ -7,11 +7,13 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.ragged_compact import ragged_compact
 from kernels.ragged_prefill import ragged_prefill
 from layers.cache.arena import ArenaCache
+from layers.cache.past import Past
 from layers.cache.staging import Candidates, Staging
 from layers.compress.scorers import Observation
 from layers.linear import Linear
@@ -84,20 +86,15 @@ class PromptPass:
         new_T = torch.arange(max(new_tokens), dtype=torch.int32, device=device)
         self.position_BT = cache.position[:, None] + new_T
         self._pos_BT = self.position_BT.masked_fill(new_T >= self.new_B[:, None], -1)
-        self._past_C = torch.arange(int(cache.length.max()), device=device)
-        self._past_offset, self._past_length = cache.offset.clone(), cache.length.clone()
-        self._past_pos = cache.pos.clone()
-        self._past_k, self._past_v = cache.k, cache.v
-        self._past_next_slot = cache.next_slot.clone()
+        held = int(cache.length.max())
+        self._past = Past(cache, method.evict, width=held) if held else None
         self._adds = method.evict is not None and method.evict.accumulate
-        self._past_stat = cache.stat.clone() if self._adds and cache.stat is not None else None
-        self._keep_BLH, self._room, self._tokens = keep_BLH.to(device), room, len(self._past_C) + len(new_T)
+        self._keep_BLH, self._room, self._tokens = keep_BLH.to(device), room, held + len(new_T)
         self._staging = Staging(method.spreading, keep_BLH[:, cache.owners]) if method.spreading else None
         if self._staging is None:
             self._lay_out(keep_BLH, method.most(keep_BLH, self._tokens))
-            # A layer's past is copied before anything of the layer is written, so only layers that move are in danger.
-            if len(self._past_C) and not torch.equal(self._past_offset[..., 0], cache.offset[..., 0]):
-                self._past_k, self._past_v = cache.k.clone(), cache.v.clone()
+            if self._past is not None:
+                self._past.move_away(cache)
         self._outputs, self._frequencies_Bd = iter(outputs), frequencies_Bd
         if ends_BT is not None:
             self._remember(ends_BT)
@@ -114,12 +111,12 @@ class PromptPass:
 
     def attend(self, layer_1: Tensor, q_BTND: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, window: int | None) -> Tensor:
         """Attend, then keep the layer's share; see `layers.cache.base.KVCache`."""
-        k_BHSD, v_BHSD, pos_BHS = self._with_past(layer_1, k_BTHD, v_BTHD)
+        k_BHSD, v_BHSD, pos_BHS, sums_BHS = self._with_past(layer_1, k_BTHD, v_BTHD)
         turned_BHSD = self._with_turned_sinks(k_BHSD, pos_BHS)
         o_BTND = ragged_prefill(q_BTND, turned_BHSD, v_BHSD, pos_BHS, self.position_BT, window)
         if self._layer in self._readers:
             self._dense[self._layer] = turned_BHSD, v_BHSD, pos_BHS
-        self.keep(layer_1, q_BTND, k_BHSD, v_BHSD, pos_BHS, window)
+        self.keep(layer_1, q_BTND, k_BHSD, v_BHSD, pos_BHS, window, sums_BHS)
         return o_BTND
 
     def read(self, layer_1: Tensor, q_BTND: Tensor, window: int | None) -> Tensor:
@@ -134,7 +131,14 @@ class PromptPass:
         return o_BTND
 
     def keep(
-        self, layer_1: Tensor, q_BTND: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, pos_BHS: Tensor, window: int | None
+        self,
+        layer_1: Tensor,
+        q_BTND: Tensor,
+        k_BHSD: Tensor,
+        v_BHSD: Tensor,
+        pos_BHS: Tensor,
+        window: int | None,
+        sums_BHS: Tensor | None = None,
     ) -> None:
         """Store what the method keeps of a layer; `attend` calls it, and so may who has attended already.
 
@@ -145,6 +149,7 @@ class PromptPass:
             v_BHSD: their values.
             pos_BHS: int32 absolute positions, -1 where empty.
             window: the layer's sliding window in tokens, or None.
+            sums_BHS: fp32, what decoding has added up for stored tokens; None where nothing is.
         """
         keep_BH = self._keep_BLH.index_select(1, layer_1).squeeze(1)
         seen = Observation(
@@ -158,7 +163,7 @@ class PromptPass:
             layer=self._layer,
             out=next(self._outputs, None),
             frequencies_Bd=self._frequencies_Bd,
-            sums_BHS=self._sums(layer_1, pos_BHS),
+            sums_BHS=sums_BHS,
             ends_BHS=self._ends(pos_BHS),
         )
         self._layer += 1
@@ -221,27 +226,27 @@ class PromptPass:
         cache.position += self.new_B
         cache.begin_answer()
 
-    def _with_past(self, layer_1: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys, values and positions, stored and new, in order of position.
-
-        Empty places of the past come first, so that the last stored token and the first new one are neighbours.
-        """
+    def _with_past(
+        self, layer_1: Tensor, k_BTHD: Tensor, v_BTHD: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Keys, values, positions and sums of attention, stored and new, in order of position."""
         k_BHTD, v_BHTD = k_BTHD.transpose(1, 2), v_BTHD.transpose(1, 2)
         pos_BHT = self._pos_BT[:, None].expand(-1, k_BHTD.shape[1], -1)
-        if not len(self._past_C):
-            return k_BHTD, v_BHTD, pos_BHT
-        row_B11, index_BHC, pos_BHC = self._past(layer_1)
+        if self._past is None:
+            return k_BHTD, v_BHTD, pos_BHT, None
+        k_BHCD, v_BHCD, pos_BHC, sums_BHC = self._past.tokens(layer_1)
         return (
-            torch.cat((self._past_k[row_B11, index_BHC], k_BHTD), dim=2),
-            torch.cat((self._past_v[row_B11, index_BHC], v_BHTD), dim=2),
+            torch.cat((k_BHCD, k_BHTD), dim=2),
+            torch.cat((v_BHCD, v_BHTD), dim=2),
             torch.cat((pos_BHC, pos_BHT), dim=2),
+            None if sums_BHC is None else F.pad(sums_BHC, (0, pos_BHT.shape[2])),
         )
 
     def _with_turned_sinks(self, k_BHSD: Tensor, pos_BHS: Tensor) -> Tensor:
         """Keys of which sinks are as far before the chunk as stored tokens are many; what is stored does not turn."""
-        past = len(self._past_C)
-        if self.cache.frequencies_Bd is None or not past:
+        if self.cache.frequencies_Bd is None or self._past is None:
             return k_BHSD
+        past = self._past.width
         held_BH1 = (pos_BHS[..., :past] >= 0).sum(-1, keepdim=True)
         sink_s = torch.arange(self.method.sinks, device=k_BHSD.device)
         column_BHs = (past - held_BH1 + sink_s).clamp(max=past - 1)
@@ -249,35 +254,6 @@ class PromptPass:
         column_BHsD = column_BHs[..., None].expand(-1, -1, -1, k_BHSD.shape[3])
         turned_BHsD = turn(k_BHSD.gather(2, column_BHsD), by_BHs, self.cache.frequencies_Bd[:, None, None])
         return k_BHSD.scatter(2, column_BHsD, turned_BHsD)
-
-    def _past(self, layer_1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Row, slot and position of what is stored, in order of position, empty places first."""
-
-        def of_layer(table: Tensor) -> Tensor:
-            return table.index_select(1, layer_1).squeeze(1).long()[..., None]
-
-        offset_BH1, length_BH1 = of_layer(self._past_offset), of_layer(self._past_length)
-        filled_BHC = self._past_C < length_BH1
-        index_BHC = torch.where(filled_BHC, offset_BH1 + self._past_C, offset_BH1)
-        if self.method.evict is not None:  # the token that goes next is evicted already
-            filled_BHC = filled_BHC & (index_BHC != of_layer(self._past_next_slot))
-        row_B11 = torch.arange(len(index_BHC), device=index_BHC.device)[:, None, None]
-        # A step that was interrupted may have stored its token, whose position is not behind us yet, in some layers.
-        pos_BHC = self._past_pos[row_B11, index_BHC]
-        filled_BHC = filled_BHC & (pos_BHC >= 0) & (pos_BHC < self.position_BT[:, :1, None])
-        index_BHC = torch.where(filled_BHC, index_BHC, offset_BH1)
-        pos_BHC, order_BHC = pos_BHC.masked_fill(~filled_BHC, -1).sort(dim=-1)
-        return row_B11, index_BHC.gather(-1, order_BHC), pos_BHC
-
-    def _sums(self, layer_1: Tensor, pos_BHS: Tensor) -> Tensor | None:
-        """What the cache has added up for each token of a layer; nothing for new ones and empty places."""
-        if self._past_stat is None:
-            return None
-        sums_BHS = torch.zeros(pos_BHS.shape, dtype=torch.float32, device=pos_BHS.device)
-        if past := len(self._past_C):
-            row_B11, index_BHC, pos_BHC = self._past(layer_1)
-            sums_BHS[..., :past] = self._past_stat[row_B11, index_BHC].masked_fill(pos_BHC < 0, 0.0)
-        return sums_BHS
 
     def _remember(self, ends_BT: Tensor) -> None:
         """Write down where the chunk's sentences end, for itself and for later turns."""

@@ -92,3 +92,13 @@ TUNED = Scoring(window=32, rows="max", group="max", ahead=12, behind=0, sinks=4,
 
 ADAPTIVE = replace(TUNED, ahead=24, stop="sentence", always=4)
 """The same, but a hot token protects what follows up to the end of its sentence; see recipes/LOG.md."""
+
+
+def presets(as_published: Scoring) -> dict[str, Scoring]:
+    """Settings by the name that users write: those that a method was published with, and those that every method has.
+
+    Example:
+        >>> list(presets(published(window=8)))
+        ['published', 'tuned', 'adaptive']
+    """
+    return {"published": as_published, "tuned": TUNED, "adaptive": ADAPTIVE}

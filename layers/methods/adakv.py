@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from layers.compress.allocators import LayerTopK
-from layers.compress.scoring import ADAPTIVE, TUNED, Scoring, published
-from layers.methods.base import Allocate, Method
+from layers.compress.scoring import Scoring, presets, published
+from layers.methods.base import Allocate, Method, observing
 
-PRESETS = {"published": published(window=32), "tuned": TUNED, "adaptive": ADAPTIVE}
+PRESETS = presets(published(window=32))
 
 
 def allocate(*, protected: int, alpha: float = 0.2, compat: bool = False) -> LayerTopK:
@@ -47,13 +47,10 @@ def build(*, allocator: Allocate = allocate, scoring: Scoring = PRESETS["publish
         >>> build().sharing.alpha
         0.2
     """
-    return Method(
+    return observing(
         name="adakv",
         paper="Ada-KV, arXiv 2407.11550",
         summary="as snapkv, but a layer's heads compete for its budget",
-        scorer=scoring.scorer,
-        allocator=allocator(protected=scoring.protected),
-        sinks=scoring.sinks,
-        recent=scoring.recent,
-        sentences=scoring.sentences,
+        scoring=scoring,
+        allocator=allocator,
     )

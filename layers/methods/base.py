@@ -12,6 +12,7 @@ from layers.compress.allocators import Allocator, SharingAllocator, SpreadingAll
 from layers.compress.decode_rules import ReplaceWorst
 from layers.compress.refiners import Refiner
 from layers.compress.scorers import Scorer
+from layers.compress.scoring import Scoring
 
 Allocate = Callable[..., Allocator]
 """Makes an allocator, given `protected`: the tokens of every head that the method keeps whatever their score."""
@@ -157,6 +158,38 @@ class Method:
             return keep.amax((-2, -1))
         most = keep.sum(-1).amax(-1)
         return most if self.evict else most.clamp(max=prompt)
+
+
+def observing(
+    *, name: str, paper: str, summary: str, scoring: Scoring, allocator: Allocate, scorer: Scorer | None = None
+) -> Method:
+    """A method that looks at what the prompt's last queries attend to.
+
+    Args:
+        name: as for `Method`, like the next two.
+        paper: citation.
+        summary: one line.
+        scoring: window, pooling and protection.
+        allocator: makes the budgets.
+        scorer: None takes that of the settings.
+
+    Example:
+        >>> from layers.compress.allocators import uniform
+        >>> from layers.compress.scoring import published
+        >>> words = {"name": "mine", "paper": "-", "summary": "-"}
+        >>> observing(**words, scoring=published(window=8), allocator=uniform).recent
+        8
+    """
+    return Method(
+        name=name,
+        paper=paper,
+        summary=summary,
+        scorer=scorer or scoring.scorer,
+        allocator=allocator(protected=scoring.protected),
+        sinks=scoring.sinks,
+        recent=scoring.recent,
+        sentences=scoring.sentences,
+    )
 
 
 def calibrated(method: str, importance: Mapping[str, Tensor], kind: str) -> Tensor:

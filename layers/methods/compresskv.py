@@ -8,14 +8,10 @@ from torch import Tensor
 
 from layers.compress.allocators import LayerErrors
 from layers.compress.scorers import ChosenHeads
-from layers.compress.scoring import ADAPTIVE, TUNED, Scoring
-from layers.methods.base import Allocate, Method, calibrated
+from layers.compress.scoring import Scoring, presets
+from layers.methods.base import Allocate, Method, calibrated, observing
 
-PRESETS = {
-    "published": Scoring(window=8, rows="mean", group="mean", ahead=2, behind=2, sinks=0, recent=8, pooling="mean"),
-    "tuned": TUNED,
-    "adaptive": ADAPTIVE,
-}
+PRESETS = presets(Scoring(window=8, rows="mean", group="mean", ahead=2, behind=2, sinks=0, recent=8, pooling="mean"))
 
 
 def allocate(*, protected: int, importance: Mapping[str, Tensor], floor: int = 32, ceiling: float = 3.0) -> LayerErrors:
@@ -80,15 +76,13 @@ def build(
     if heads < 1:
         raise ValueError(f"compresskv needs at least 1 head of each layer that votes, not {heads}")
     best_LN = calibrated("compresskv", importance, "semantic").argsort(dim=1, descending=True, stable=True)
-    return Method(
+    return observing(
         name="compresskv",
         paper="CompressKV, arXiv 2508.02401",
         summary="what a layer's semantic heads attend to; more budget for layers that suffer",
         scorer=ChosenHeads(
             heads=tuple(map(tuple, best_LN[:, :heads].tolist())), attention=scoring.scorer, group=scoring.group
         ),
-        allocator=allocator(protected=scoring.protected),
-        sinks=scoring.sinks,
-        recent=scoring.recent,
-        sentences=scoring.sentences,
+        scoring=scoring,
+        allocator=allocator,
     )

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from layers.compress.allocators import HeadImportance
-from layers.compress.scoring import ADAPTIVE, TUNED, Scoring, published
-from layers.methods.base import Allocate, Method, calibrated
+from layers.compress.scoring import Scoring, presets, published
+from layers.methods.base import Allocate, Method, calibrated, observing
 
-PRESETS = {"published": published(window=8), "tuned": TUNED, "adaptive": ADAPTIVE}
+PRESETS = presets(published(window=8))
 
 
 def allocate(
@@ -61,13 +61,10 @@ def build(*, allocator: Allocate = allocate, scoring: Scoring = PRESETS["tuned"]
         >>> build(allocator=partial(allocate, importance={"r2": torch.rand(2, 4)})).name
         'headkv'
     """
-    return Method(
+    return observing(
         name="headkv",
         paper="HeadKV, arXiv 2410.19258",
         summary="as snapkv, with more budget for the heads that retrieve",
-        scorer=scoring.scorer,
-        allocator=allocator(protected=scoring.protected),
-        sinks=scoring.sinks,
-        recent=scoring.recent,
-        sentences=scoring.sentences,
+        scoring=scoring,
+        allocator=allocator,
     )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from layers.compress.allocators import Pyramid
-from layers.compress.scoring import ADAPTIVE, TUNED, Scoring, published
-from layers.methods.base import Allocate, Method
+from layers.compress.scoring import Scoring, presets, published
+from layers.methods.base import Allocate, Method, observing
 
-PRESETS = {"published": published(window=8), "tuned": TUNED, "adaptive": ADAPTIVE}
+PRESETS = presets(published(window=8))
 
 
 def allocate(*, protected: int, beta: float = 20.0, compat: bool = False) -> Pyramid:
@@ -45,13 +45,10 @@ def build(*, allocator: Allocate = allocate, scoring: Scoring = PRESETS["publish
         >>> build().protected
         8
     """
-    return Method(
+    return observing(
         name="pyramidkv",
         paper="PyramidKV, arXiv 2406.02069",
         summary="as snapkv, with more budget for the lower layers",
-        scorer=scoring.scorer,
-        allocator=allocator(protected=scoring.protected),
-        sinks=scoring.sinks,
-        recent=scoring.recent,
-        sentences=scoring.sentences,
+        scoring=scoring,
+        allocator=allocator,
     )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from layers.compress.allocators import uniform
-from layers.compress.scoring import ADAPTIVE, TUNED, Scoring, published
-from layers.methods.base import Allocate, Method
+from layers.compress.scoring import Scoring, presets, published
+from layers.methods.base import Allocate, Method, observing
 
-PRESETS = {"published": published(window=32), "tuned": TUNED, "adaptive": ADAPTIVE}
+PRESETS = presets(published(window=32))
 
 
 def build(*, allocator: Allocate = uniform, scoring: Scoring = PRESETS["published"]) -> Method:
@@ -27,13 +27,10 @@ def build(*, allocator: Allocate = uniform, scoring: Scoring = PRESETS["publishe
         >>> build().protected
         32
     """
-    return Method(
+    return observing(
         name="snapkv",
         paper="SnapKV, arXiv 2404.14469",
         summary="what the end of the prompt attends to; equal budgets",
-        scorer=scoring.scorer,
-        allocator=allocator(protected=scoring.protected),
-        sinks=scoring.sinks,
-        recent=scoring.recent,
-        sentences=scoring.sentences,
+        scoring=scoring,
+        allocator=allocator,
     )
