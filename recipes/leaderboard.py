@@ -33,12 +33,14 @@ from torch import Tensor
 
 from checkpoints import CheckpointError
 from kernels import native
+from layers.methods import build_method, needs_importance
 from recipes import press_scores
 from recipes.needles import TASKS as NEEDLES
 from recipes.peers import Shared
 from recipes.questions import TASKS, Question, make_questions
 from recipes.replay import Record, Replay, answer, generate
 from zoo import Engine, Loaded, load, machine
+from zoo.load import head_importance
 
 CACHES = ["headkv", "headkv:preset=published,beta=1.1", "snapkv", "snapkv:preset=tuned", "streaming"]
 
@@ -48,23 +50,41 @@ PEERS_NOTE = [
     "",
 ]
 
+KEY = ("model", "dtype", "template_sha256", "importance_sha256", "sharing_sha256")  # what rows must share to be one run
 ROOM = 64  # tokens of an answer, in the caches whose bytes are reported
 
 
-def check_with_engine(engine: Engine, question: Question, mode: str, expected_AV: Tensor) -> None:
-    """Run one prompt through the engine itself and compare with the replay.
+def ask_engine(engine: Engine, question: Question, mode: str) -> tuple[Tensor, list[int]]:
+    """Put a question to an engine: what `Replay` does for many caches at once.
 
-    Raises:
-        AssertionError: the logits differ by more than rounding.
+    Args:
+        engine: with room for the answer.
+        question: the question.
+        mode: "seen" while compressing, or "unseen": asked in a second turn.
+
+    Returns:
+        (A, V) logits, those at a predicting token a of the lead and the gold answer; the generated answer's ids, none
+        where no answer is to be generated.
     """
     if mode == "seen":
-        logits = [engine.prefill([question.context + question.question])]
+        logits_1V = engine.prefill([question.context + question.question])
     else:
         engine.prefill([question.context])
-        logits = [engine.extend([question.question])]
-    logits += [engine.step([token]) for token in (question.lead + question.gold)[:-1]]
-    worst = float((torch.cat(logits) - expected_AV).abs().max())
-    assert worst < 2e-3, f"engine and replay differ by {worst} with {engine.method.name} at {engine.budget}"
+        logits_1V = engine.extend([question.question])
+    asked, forced = engine.snapshot(), [logits_1V]
+    forced += [engine.step([token]) for token in (question.lead + question.gold)[:-1]]
+    text: list[int] = []
+    if question.example is not None:
+        engine.restore(asked)
+        for token in question.lead:
+            logits_1V = engine.step([token])
+        while len(text) < question.example.max_new_tokens:
+            token = int(logits_1V.argmax())
+            if token in engine.loaded.chat.stop_ids:
+                break
+            text.append(token)
+            logits_1V = engine.step([token])
+    return torch.cat(forced), text
 
 
 def evaluate(
@@ -81,7 +101,7 @@ def evaluate(
         record: its dense prefill.
         question: the question.
         mode: "seen" while compressing, or "unseen": asked in a second turn.
-        engines: by cache and budget, in tokens per KV head.
+        engines: by cache and budget, in tokens per KV head. Those whose layers share caches prefill for themselves.
         verify: run the prompt through the engines themselves too.
 
     Returns:
@@ -95,23 +115,31 @@ def evaluate(
     replays: dict[str, Replay] = {}
     for cache, by_budget in engines.items():
         method = next(iter(by_budget.values())).method
-        replays[cache] = Replay(seen, method, list(by_budget), room=question.room, later=len(later))
-        if later:
-            replays[cache].extend(later)
+        if not method.shared_layers:
+            replays[cache] = Replay(seen, method, list(by_budget), room=question.room, later=len(later))
+            if later:
+                replays[cache].extend(later)
     logits = answer(list(replays.values()), question.lead + question.gold)
-    texts: list[list[list[int]]] | None = None
+    texts: list[list[list[int]]] = []
     if question.example is not None:
         stop_ids, limit = record.loaded.chat.stop_ids, question.example.max_new_tokens
         texts = generate(list(replays.values()), question.lead, max_new_tokens=limit, stop_ids=stop_ids)
+    replayed = {
+        (cache, budget): (logits[number][row], texts[number][row] if texts else [])
+        for number, cache in enumerate(replays)
+        for row, budget in enumerate(engines[cache])
+    }
     results: dict[str, dict[str, list[float]]] = {}
-    for number, (cache, by_budget) in enumerate(engines.items()):
-        for row, (budget, engine) in enumerate(by_budget.items()):
-            if verify:
-                check_with_engine(engine, question, mode, logits[number][row])
-            right, nll = question.likelihood(logits[number][row])
+    for cache, by_budget in engines.items():
+        for budget, engine in by_budget.items():
+            logits_AV, text = replayed.get((cache, budget)) or ask_engine(engine, question, mode)
+            if verify and cache in replays:
+                worst = float((ask_engine(engine, question, mode)[0] - logits_AV).abs().max())
+                assert worst < 2e-3, f"engine and replay differ by {worst} with {cache} at {budget}"
+            right, nll = question.likelihood(logits_AV)
             score = float(right)
-            if texts is not None:
-                score = question.score(record.loaded.tokenizer.decode(texts[number][row]))
+            if question.example is not None:
+                score = question.score(record.loaded.tokenizer.decode(text))
             results.setdefault(cache, {})[str(budget)] = [round(score, 4), round(nll, 5)]
     return results
 
@@ -288,19 +316,23 @@ def run(loaded: Loaded, args: argparse.Namespace, origin: dict[str, Any]) -> lis
     @functools.cache
     def engine(name: str, budget: int, tokens: int) -> Engine:
         most = min(tokens + ROOM, loaded.config.max_position)
-        sizes = {"max_new_tokens": ROOM, "max_context": most, "importance": args.importance}
-        return Engine(loaded, cache=name, budget=budget, **sizes)
+        files = {"importance": args.importance, "sharing": args.sharing}
+        return Engine(loaded, cache=name, budget=budget, max_new_tokens=ROOM, max_context=most, **files)
 
+    scores = head_importance(loaded, args.importance) if any(map(needs_importance, args.caches)) else None
+    caches = dict.fromkeys(("full", *args.caches))
+    whole = {cache for cache in caches if build_method(cache, scores).default_budget is None} | {"kvpress:full"}
     rows, wanted = read_rows(args.output), []
     shared = Shared(loaded) if args.peers else None
     for tokens, task, number, question in track(jobs, "Questions", console=Console(stderr=True)):
         record: Record | None = None
         for mode in args.question:
-            key = {name: origin[name] for name in ("model", "dtype", "template_sha256", "importance_sha256")}
+            key = {name: origin.get(name) for name in KEY}
             key |= {"tokens": tokens, "question": mode, "prompt_sha256": question.sha256}
-            done = [row for row in rows if all(row.get(name) == value for name, value in key.items())]
+            done = [row for row in rows if key.items() <= {name: row.get(name) for name in key}.items()]
             wanted += done
-            missing = _missing(args, tokens, done)
+            asked_for = {name: [tokens] if name in whole else args.budgets for name in (*caches, *args.peers)}
+            missing = _missing(asked_for, done)
             if not missing:
                 continue
             started = time.perf_counter()
@@ -330,10 +362,12 @@ def run(loaded: Loaded, args: argparse.Namespace, origin: dict[str, Any]) -> lis
     return wanted
 
 
-def _missing(args: argparse.Namespace, tokens: int, done: list[dict[str, Any]]) -> dict[str, list[int]]:
-    """Budgets by cache that no row has; the full cache is always asked for."""
-    wanted = {"full": [tokens]} | {cache: args.budgets for cache in (*args.caches, *args.peers) if cache != "full"}
-    wanted |= {"kvpress:full": [tokens]} if "kvpress:full" in args.peers else {}
+def _sha256(file: Path | None) -> str | None:
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file else None
+
+
+def _missing(wanted: Mapping[str, list[int]], done: list[dict[str, Any]]) -> dict[str, list[int]]:
+    """Budgets by cache that no row has."""
     left = {
         cache: [b for b in budgets if not any(str(b) in row["results"].get(cache, {}) for row in done)]
         for cache, budgets in wanted.items()
@@ -361,6 +395,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--budgets", type=int, nargs="+", default=[32, 64, 128, 256], help="tokens per KV head")
     parser.add_argument("--importance", type=Path, help="head-importance file (default: the one that ships)")
+    parser.add_argument("--sharing", type=Path, help="layers that share, for kvsharer (default: what ships)")
     parser.add_argument(
         "--verify", type=int, default=0, help="prompts per task to run through the engines themselves too"
     )
@@ -387,7 +422,10 @@ def main(argv: list[str] | None = None) -> int:
             "model": loaded.name,
             "dtype": args.dtype,
             "template_sha256": loaded.chat.template_hash,
-            "importance_sha256": hashlib.sha256(args.importance.read_bytes()).hexdigest() if args.importance else None,
+            "stop_ids": sorted(loaded.chat.stop_ids),
+            "machine": machine.description(torch.device(args.device)),
+            "importance_sha256": _sha256(args.importance),
+            "sharing_sha256": _sha256(args.sharing),
             "commit": commit,
             "command": "python -m recipes.leaderboard " + shlex.join(sys.argv[1:] if argv is None else argv),
         }

@@ -18,8 +18,10 @@ import recipes.leaderboard as leaderboard
 import recipes.perplexity as perplexity
 import recipes.plot_heads as plot_heads
 from checkpoints import CheckpointError, config_hash, read_importance
+from checkpoints.sharing import LayerSharing, write_sharing
 from layers.methods import build_method
 from recipes.needles import SPLITS, TASKS, NeedlePrompt, make_prompt, make_prompts
+from recipes.questions import make_questions
 from recipes.replay import Record, Replay, answer, generate
 from tests import tiny, tiny_chat
 from zoo import Engine, Loaded
@@ -420,6 +422,35 @@ def test_rulers_answers_are_generated(command_line: Loaded, importance: Path, tm
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["task"] for row in rows] == ["vt"] * 3 + ["qa_hop"] * 3 and rows[3]["depth"] is None
     assert all(0 <= row["results"]["streaming"]["16"][0] <= 1 < row["results"]["full"]["380"][1] for row in rows)
+
+
+def test_shared_layers_go_through_engines(command_line: Loaded, importance: Path, tmp_path: Path) -> None:
+    loaded, output, file = command_line, tmp_path / "out.jsonl", tmp_path / "sharing.json"
+    write_sharing(
+        file,
+        LayerSharing(
+            model_id=loaded.name,
+            config_hash=config_hash(loaded.config),
+            tokenizer_hash="words",
+            num_layers=loaded.config.num_layers,
+            pairs=((1, 0),),
+            similarity=(0.9,),
+        ),
+    )
+    caches = ["kvsharer:share=0.1", "kvsharer:share=0.1+snapkv:preset=tuned"]
+    arguments = [*NEEDLES, "--tasks", "vt", "--tokens", "380", "--question", "seen", "unseen", "--caches", *caches]
+    assert leaderboard.main([*arguments, "--sharing", str(file), "--output", str(output)]) == 0
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [list(row["results"][cache]) for row in rows for cache in caches] == [["380"], ["16", "24"]] * 6
+    question = make_questions(loaded.tokenizer, CHAT, split="test", task="vt", tokens=380, count=3, seed=7)[0]
+    assert rows[0]["prompt_sha256"] == question.sha256 and question.example is not None
+    engine = Engine(loaded, cache=caches[1], budget=16, max_new_tokens=64, max_context=400, sharing=file)
+    logits_AV, text = leaderboard.ask_engine(engine, question, "seen")
+    expected = [round(question.score(Words().decode(text)), 4), round(question.likelihood(logits_AV)[1], 5)]
+    assert rows[0]["results"][caches[1]]["16"] == expected
+    _, text = leaderboard.ask_engine(engine, replace(question, lead=[]), "seen")
+    (same,) = engine.generate([question.context + question.question], max_new_tokens=question.example.max_new_tokens)
+    assert text == same
 
 
 NEEDLES = [
