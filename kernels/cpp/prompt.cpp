@@ -4,64 +4,69 @@
 
 namespace {
 
-constexpr int64_t kTogether = 8;  // queries whose products with sixteen keys are summed in registers
+constexpr int64_t kTogether = 8;  // queries whose products with a few keys are summed in registers
+#ifdef __AVX512F__
+constexpr int kGroups = 2;  // times sixteen keys: as many sums as the processor has registers for
+#else
+constexpr int kGroups = 1;
+#endif
+constexpr int64_t kParts = 16;    // sums of a head's queries at most, so that threads share the work and sums do not vary
 
 // The larger one; NaN if either is.
 inline float larger(float a, float b) { return a > b || a != a ? a : b; }
 inline Floats larger(Floats a, Floats b) { return (a > b) | (a != a) ? a : b; }
 
-// Sixteen keys, transposed: D vectors with one number of each key. Those beyond `count` are zero.
-template <class T>
-void transposed(const Places<const T>& k, int64_t row, int64_t head, int64_t place, int64_t count, int64_t D, float* to) {
-  if (count < kLanes) std::fill(to, to + D * kLanes, 0.0f);
-  const T* key[kLanes];
-  for (int64_t lane = 0; lane < count; lane++) key[lane] = k.at(row, head, place + lane);
+// Products of `Queries` queries with `Groups` times sixteen keys, transposed: D vectors with one number of each key.
+template <int Queries, int Groups>
+inline void products(const float* q, const float* keys, int64_t D, Floats* out, int64_t stride) {
+  Floats total[Queries][Groups] = {};
   for (int64_t d = 0; d < D; d++)
-    for (int64_t lane = 0; lane < count; lane++) to[d * kLanes + lane] = Element<T>::get(key[lane][d]);
+    for (int j = 0; j < Groups; j++) {
+      const Floats key = *reinterpret_cast<const Floats*>(keys + (j * D + d) * kLanes);
+      for (int i = 0; i < Queries; i++) total[i][j] += q[i * D + d] * key;
+    }
+  for (int i = 0; i < Queries; i++)
+    for (int j = 0; j < Groups; j++) out[i * stride + j] = total[i][j];
 }
 
-// Products of `Queries` queries with sixteen transposed keys.
-template <int Queries>
-void products(const float* q, const float* keys, int64_t D, Floats* out) {
-  Floats total[Queries] = {};
-  for (int64_t d = 0; d < D; d++) {
-    const Floats key = *reinterpret_cast<const Floats*>(keys + d * kLanes);
-    for (int i = 0; i < Queries; i++) total[i] += q[i * D + d] * key;
-  }
-  for (int i = 0; i < Queries; i++) out[i] = total[i];
-}
-
-// One KV head: the weights of all queries of its group on all places, `stride` floats per query, and their reduction.
+// One KV head: every query's weights on all places that it sees, reduced as soon as they are there.
 template <class T>
 class Head {
  public:
   Head(const Observation& o, const int32_t* position)
-      : o_(o), position_(position), stride_((o.places + kLanes - 1) / kLanes * kLanes), all_(o.group * o.queries) {
-    q_.resize(all_ * o.head_dim), weight_.resize(all_ * stride_), share_.resize(all_);
+      : o_(o), position_(position), groups_((o.places + kLanes - 1) / kLanes), stride_(groups_ * kLanes), row_((groups_ | 1) * kLanes) {
+    part_ = (o.queries + kParts * kTogether - 1) / (kParts * kTogether) * kTogether;
+    parts_ = (o.queries + part_ - 1) / part_;
+    q_.resize(o.group * o.queries * o.head_dim), keys_.resize(stride_ * o.head_dim);
+    at_.resize(stride_), oldest_.resize(groups_), newest_.resize(groups_), full_.resize(groups_);
+    sum_.resize(o.group * parts_ * stride_);
     hot_.resize(o.ahead + stride_ + o.behind + kLanes);  // what is not a place stays 0, and scores are not negative
-    for (int64_t w = 0; w < o.queries; w++) {
-      exist_ += position[w] >= 0;
-      earliest_ = std::min(earliest_, position[w]), latest_ = std::max(latest_, position[w]);
-    }
+    for (int64_t w = 0; w < o.queries; w++) exist_ += position[w] >= 0;
   }
 
   void run(const Places<const T>& q, const Places<const T>& k, const Places<const int32_t>& pos,
            const Places<const bool>& is_protected, int64_t row, int64_t head, float* score) {
-    const int64_t D = o_.head_dim, groups = stride_ / kLanes;
+    const int64_t D = o_.head_dim;
     const float scale = 1.0f / std::sqrt(float(D));
-    for (int64_t i = 0; i < all_; i++) {
-      const T* from = q.at(row, head * o_.group + i / o_.queries, i % o_.queries);
-      for (int64_t d = 0; d < D; d++) q_[i * D + d] = Element<T>::get(from[d]) * scale;
-    }
+    std::fill(sum_.begin(), sum_.end(), 0.0f);
 #pragma omp parallel
     {
-      std::vector<float> keys(D * kLanes);
+      std::vector<float> weight(kTogether * row_);
+#pragma omp for schedule(static) nowait
+      for (int64_t i = 0; i < o_.group * o_.queries; i++) {
+        const T* from = q.at(row, head * o_.group + i / o_.queries, i % o_.queries);
+        for (int64_t d = 0; d < D; d++) q_[i * D + d] = Element<T>::get(from[d]) * scale;
+      }
 #pragma omp for schedule(static)
-      for (int64_t group = 0; group < groups; group++) logits(k, pos, row, head, group * kLanes, keys.data());
+      for (int64_t group = 0; group < groups_; group++) look(k, pos, row, head, group);
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t part = o_.group * parts_ - 1; part >= 0; part--) {  // later queries see more
+        const int64_t member = part / parts_, first = part % parts_ * part_;
+        for (int64_t w = first; w < std::min(first + part_, o_.queries); w += kTogether)
+          add(member, w, std::min(kTogether, o_.queries - w), weight.data(), &sum_[part * stride_]);
+      }
 #pragma omp for schedule(static)
-      for (int64_t i = 0; i < all_; i++) softmax(i);
-#pragma omp for schedule(static)
-      for (int64_t group = 0; group < groups; group++) reduce(is_protected, row, head, group * kLanes);
+      for (int64_t group = 0; group < groups_; group++) reduce(is_protected, row, head, group * kLanes);
     }
     for (int64_t place = 0; place < o_.places; place += kLanes) {
       Floats most = {};
@@ -74,69 +79,117 @@ class Head {
  private:
   const Observation& o_;
   const int32_t* position_;
-  const int64_t stride_, all_;
-  int64_t exist_ = 0;  // queries
-  int32_t earliest_ = INT32_MAX, latest_ = -1;  // of the queries' positions
-  std::vector<float> q_, weight_, share_, hot_;
+  const int64_t groups_, stride_;  // sixteens of places, and places in them
+  const int64_t row_;              // floats from one query's weights to the next: no multiple of a cache's sets
+  int64_t part_, parts_;           // queries of a part, and parts of a query head
+  int64_t exist_ = 0;              // queries
+  std::vector<float> q_, keys_, sum_, hot_;
+  std::vector<int32_t> at_, oldest_, newest_;  // positions, and the range of each sixteen of them
+  std::vector<char> full_;                     // no empty place among sixteen
 
-  void logits(const Places<const T>& k, const Places<const int32_t>& pos, int64_t row, int64_t head, int64_t place,
-              float* keys) {
-    const int64_t D = o_.head_dim, count = std::min<int64_t>(kLanes, o_.places - place);
-    transposed(k, row, head, place, count, D, keys);
-    Ints at = Ints{} - 1;
-    for (int64_t lane = 0; lane < count; lane++) at[lane] = *pos.at(row, head, place + lane);
-    bool all_seen = earliest_ >= 0;
-    for (int64_t lane = 0; lane < kLanes; lane++)
-      all_seen &= at[lane] >= 0 && at[lane] <= earliest_ && (!o_.window || at[lane] > latest_ - o_.window);
-    Floats out[kTogether];
-    for (int64_t i = 0; i < all_; i += kTogether) {
-      const int64_t some = std::min(kTogether, all_ - i);
-      if (some == kTogether)
-        products<kTogether>(&q_[i * D], keys, D, out);
+  // Sixteen keys, transposed, and where they are; those beyond the last place are zero.
+  void look(const Places<const T>& k, const Places<const int32_t>& pos, int64_t row, int64_t head, int64_t group) {
+    const int64_t D = o_.head_dim, place = group * kLanes, count = std::min<int64_t>(kLanes, o_.places - place);
+    float* to = &keys_[place * D];
+    for (int64_t lane = 0; lane < count; lane++) {
+      const T* key = k.at(row, head, place + lane);
+      for (int64_t d = 0; d < D; d++) to[d * kLanes + lane] = Element<T>::get(key[d]);
+    }
+    int32_t oldest = INT32_MAX, newest = -1;
+    full_[group] = count == kLanes;
+    for (int64_t lane = 0; lane < kLanes; lane++) {
+      const int32_t at = lane < count ? *pos.at(row, head, place + lane) : -1;
+      at_[place + lane] = at;
+      newest = std::max(newest, at);
+      if (at >= 0)
+        oldest = std::min(oldest, at);
       else
-        for (int64_t j = 0; j < some; j++) products<1>(&q_[(i + j) * D], keys, D, out + j);
-      for (int64_t j = 0; j < some; j++) {
-        if (!all_seen) {
-          const int32_t here = position_[(i + j) % o_.queries];
-          Ints seen = (at >= 0) & (at <= here);
-          if (o_.window) seen &= at > int32_t(here - o_.window);
-          out[j] = seen ? out[j] : Floats{} - INFINITY;
+        full_[group] = 0;
+    }
+    oldest_[group] = oldest, newest_[group] = newest;
+  }
+
+  // Add the weights of a few neighbouring queries of a query head to a sum, or take their maximum.
+  void add(int64_t member, int64_t first, int64_t count, float* weight, float* sums) {
+    int32_t earliest = INT32_MAX, latest = -1;
+    for (int64_t w = first; w < first + count; w++)
+      if (position_[w] >= 0) earliest = std::min(earliest, position_[w]), latest = std::max(latest, position_[w]);
+    const bool all_exist = *std::min_element(position_ + first, position_ + first + count) >= 0;
+    const int64_t oldest = o_.window ? int64_t(earliest) - o_.window : -1;
+    auto is_seen = [&](int64_t group) { return oldest_[group] <= latest && newest_[group] > oldest; };
+    int64_t begin = 0, end = groups_;
+    while (begin < end && !is_seen(begin)) begin++;
+    while (begin < end && !is_seen(end - 1)) end--;
+    const float* q = &q_[(member * o_.queries + first) * o_.head_dim];
+    Floats most[kTogether];
+    for (Floats& one : most) one = Floats{} - INFINITY;
+    for (int64_t group = begin; group < end;) {
+      const float* keys = &keys_[group * kLanes * o_.head_dim];
+      Floats* out = reinterpret_cast<Floats*>(weight) + group;
+      const int64_t some = count == kTogether && group + kGroups <= end ? kGroups : 1;
+      if (some == kGroups)
+        products<kTogether, kGroups>(q, keys, o_.head_dim, out, row_ / kLanes);
+      else if (count == kTogether)
+        products<kTogether, 1>(q, keys, o_.head_dim, out, row_ / kLanes);
+      else
+        for (int64_t j = 0; j < count; j++) products<1, 1>(q + j * o_.head_dim, keys, o_.head_dim, out + j * (row_ / kLanes), 0);
+      for (const int64_t last = group + some; group < last; group++) {
+        const bool of_all = all_exist && full_[group] && newest_[group] <= earliest &&
+                            (!o_.window || int64_t(oldest_[group]) > int64_t(latest) - o_.window);
+        if (!of_all) hide(first, count, group, weight);
+        for (int64_t j = 0; j < count; j++) {
+          const Floats one = *reinterpret_cast<Floats*>(weight + j * row_ + group * kLanes);
+          most[j] = one < most[j] ? most[j] : one;  // what is NaN all over stays so
         }
-        *reinterpret_cast<Floats*>(&weight_[(i + j) * stride_ + place]) = out[j];
       }
+    }
+    float share[kTogether];
+    for (int64_t j = 0; j < count; j++) share[j] = softmax(weight + j * row_, begin * kLanes, end * kLanes, most[j]);
+    for (int64_t place = begin * kLanes; place < end * kLanes; place += kLanes) {
+      Floats sum = *reinterpret_cast<Floats*>(sums + place);
+      for (int64_t j = 0; j < count; j++) {
+        const Floats one = *reinterpret_cast<Floats*>(weight + j * row_ + place) * share[j];
+        sum = o_.rows_max ? larger(one, sum) : sum + one;
+      }
+      *reinterpret_cast<Floats*>(sums + place) = sum;
     }
   }
 
-  // Numerators of the weights in place, and what they are to be multiplied with.
-  void softmax(int64_t i) {
-    float* weight = &weight_[i * stride_];
-    Floats most = Floats{} - INFINITY, mass = {};
-    for (int64_t place = 0; place < stride_; place += kLanes) {
-      const Floats some = *reinterpret_cast<Floats*>(weight + place);
-      most = larger(some, most);
+  void hide(int64_t first, int64_t count, int64_t group, float* weight) {
+    const Ints at = *reinterpret_cast<const Ints*>(&at_[group * kLanes]);
+    for (int64_t j = 0; j < count; j++) {
+      const int32_t here = position_[first + j];
+      Ints seen = (at >= 0) & (at <= here);
+      if (o_.window) seen &= at > int32_t(here - o_.window);
+      Floats& logit = *reinterpret_cast<Floats*>(weight + j * row_ + group * kLanes);
+      logit = seen ? logit : Floats{} - INFINITY;
     }
+  }
+
+  // Numerators of the weights in place; returns what they are to be multiplied with.
+  static float softmax(float* weight, int64_t begin, int64_t end, Floats most) {
     float top = most[0];
     for (int lane = 1; lane < kLanes; lane++) top = larger(top, most[lane]);
     if (top == -INFINITY) {  // sees nothing
-      std::fill(weight, weight + stride_, 0.0f);
-      share_[i] = 0.0f;
-      return;
+      std::fill(weight + begin, weight + end, 0.0f);
+      return 0.0f;
     }
-    for (int64_t place = 0; place < stride_; place += kLanes) {
+    Floats mass = {};
+    for (int64_t place = begin; place < end; place += kLanes) {
       Floats& some = *reinterpret_cast<Floats*>(weight + place);
       some = exp_negative(some - top);
       mass += some;
     }
-    share_[i] = 1.0f / sum(mass);
+    return 1.0f / sum(mass);
   }
 
   void reduce(const Places<const bool>& is_protected, int64_t row, int64_t head, int64_t place) {
     Floats of_group = {};
-    for (int64_t g = 0; g < o_.group; g++) {
+    for (int64_t member = 0; member < o_.group; member++) {
       Floats of_head = {};
-      for (int64_t i = g * o_.queries; i < (g + 1) * o_.queries; i++) {
-        const Floats weight = *reinterpret_cast<Floats*>(&weight_[i * stride_ + place]) * share_[i];
-        of_head = o_.rows_max ? larger(weight, of_head) : of_head + weight;
+      for (int64_t part = member * parts_; part < (member + 1) * parts_; part++) {
+        const Floats one = *reinterpret_cast<Floats*>(&sum_[part * stride_ + place]);
+        of_head = o_.rows_max ? larger(one, of_head) : of_head + one;
       }
       if (!o_.rows_max) of_head /= float(std::max<int64_t>(exist_, 1));
       of_group = o_.group_max ? larger(of_head, of_group) : of_group + of_head;

@@ -229,8 +229,7 @@ class LayerMean:
 class AttentionSums:
     """The attention that all queries together pay to a token, as a mean over the query heads of a group.
 
-    A stored token begins with what the cache has added up for it. No more than a few queries' weights exist at a time,
-    and none of keys that a query cannot see.
+    A stored token begins with what the cache has added up for it.
 
     Source:
         Zhang et al., H2O, 2023.
@@ -244,38 +243,30 @@ class AttentionSums:
 
     def __call__(self, seen: Observation) -> Tensor:
         """Score by sums."""
-        (B, T, N, D), (H, S) = seen.q_BTND.shape, seen.k_BHSD.shape[1:3]
-        G, past = N // H, S - T
-        block = max(16, _WEIGHTS // (G * S))
-        sum_BHS = torch.zeros(B, H, S, dtype=torch.float32, device=seen.q_BTND.device)
-        real_BT1 = (seen.position_BT >= 0)[..., None].float()
-        later_tT = torch.ones(block, T, dtype=torch.bool, device=sum_BHS.device).triu(1)
-        for head in range(H):
-            q_BTGD = seen.q_BTND[:, :, head * G : (head + 1) * G]
-            k_BDS = seen.k_BHSD[:, head].float().transpose(1, 2)
-            pos_B1S = seen.pos_BHS[:, head, None]
-            for start in range(0, T, block):
-                end = min(start + block, T)
-                # Keys that are newer than the block are left out; padding is newer than any real query.
-                q_BtGD = q_BTGD[:, start:end].float() * D**-0.5
-                logit_BtGs = (q_BtGD.flatten(1, 2) @ k_BDS[..., : past + end]).unflatten(1, (-1, G))
-                if past:
-                    logit_BtGs[..., :past].masked_fill_((pos_B1S[..., :past] < 0)[:, None], float("-inf"))
-                later_t1t = later_tT[: end - start, : end - start][:, None]
-                logit_BtGs[..., past + start :].masked_fill_(later_t1t, float("-inf"))
-                if seen.sliding:
-                    oldest_Bt1 = seen.position_BT[:, start:end, None] - seen.sliding
-                    hidden_Bts = (pos_B1S[..., : past + end] <= oldest_Bt1) & (oldest_Bt1 >= -seen.sliding)
-                    logit_BtGs.masked_fill_(hidden_Bts[:, :, None], float("-inf"))
-                weight_BXs = logit_BtGs.softmax(-1).flatten(1, 2)
-                real_B1X = real_BT1[:, start:end].expand(-1, -1, G).flatten(1)[:, None]
-                sum_BHS[:, head, : past + end] += (real_B1X @ weight_BXs).squeeze(1)
-        sum_BHS /= G
+        T, S = seen.q_BTND.shape[1], seen.k_BHSD.shape[2]
+        sum_BHS = torch.zeros(seen.pos_BHS.shape, dtype=torch.float32, device=seen.q_BTND.device)
+        nowhere_BHS = torch.zeros_like(seen.pos_BHS, dtype=torch.bool)
+        for start in range(0, T, _QUERIES):
+            new, sees = slice(start, start + _QUERIES), slice(S - T + min(start + _QUERIES, T))  # none sees newer keys
+            position_BW = seen.position_BT[:, new]
+            mean_BHS = window_scores(
+                seen.q_BTND[:, new],
+                seen.k_BHSD[:, :, sees],
+                seen.pos_BHS[:, :, sees],
+                position_BW,
+                rows="mean",
+                group="mean",
+                ahead=0,
+                behind=0,
+                protected_BHS=nowhere_BHS[:, :, sees],
+                window=seen.sliding,
+            )
+            sum_BHS[:, :, sees] += mean_BHS * (position_BW >= 0).sum(1)[:, None, None]
         return sum_BHS if seen.sums_BHS is None else sum_BHS + seen.sums_BHS
 
 
-_WEIGHTS = 2**18
-"""How many weights of a row and KV head `AttentionSums` holds at a time: 1 MiB, which a processor's cache takes."""
+_QUERIES = 1024
+"""How many queries `AttentionSums` looks at together: what PyTorch holds of their weights stays bounded."""
 
 
 @dataclass(frozen=True, kw_only=True)
