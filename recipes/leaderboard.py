@@ -18,7 +18,6 @@ import functools
 import hashlib
 import json
 import math
-import random
 import shlex
 import sys
 import time
@@ -26,6 +25,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
@@ -169,18 +169,16 @@ def bootstrap(values: list[float], draws: int = 2000) -> tuple[float, float]:
         >>> low < 0.5 < high
         True
     """
-    rng = random.Random(0)
-    means = sorted(sum(rng.choices(values, k=len(values))) / len(values) for _ in range(draws))
-    return means[round(0.025 * (draws - 1))], means[round(0.975 * (draws - 1))]
+    rng = np.random.RandomState(0)  # numpy keeps what it draws from one version to the next
+    low, high = np.quantile(rng.choice(values, (draws, len(values))).mean(1), [0.025, 0.975])
+    return float(low), float(high)
 
 
 def table(rows: Iterable[dict[str, Any]]) -> str:
     """Results as Markdown: one table per length of prompts and way of asking."""
-    parts: dict[tuple[int, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        parts.setdefault((row["tokens"], row["question"]), []).append(row)
-    first = next(iter(parts.values()))[0]
-    commits = sorted({row["commit"] for part in parts.values() for row in part})
+    rows = list(rows)
+    first = rows[0]
+    commits = sorted({row["commit"] for row in rows})
     lines = [
         f"# Leaderboard: {first['model']}, {first['dtype']}, split `{first['split']}`, seed {first['seed']}",
         "",
@@ -190,10 +188,10 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
         "fidelity, as fewer tokens distract less. ΔNLL: nats per token of the gold answer above the full cache.",
         "Brackets: 95 % intervals (Wilson, bootstrap). The columns with fractions count by task and kind of fact.",
         "",
-        *(PEERS_NOTE if any("versions" in row for part in parts.values() for row in part) else []),
-        *(f"    {command}" for command in sorted({row["command"] for part in parts.values() for row in part})),
+        *(PEERS_NOTE if any("versions" in row for row in rows) else []),
+        *(f"    {command}" for command in sorted({row["command"] for row in rows})),
     ]
-    for (tokens, question), part in sorted(parts.items()):
+    for (tokens, question), part in parts(rows).items():
         cells = pool(part)
         full = cells.pop((tokens, "full"))
         tasks, kinds = (" ".join(dict.fromkeys(row[name] for row in part)) for name in ("task", "kind"))
@@ -202,6 +200,14 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
         lines += ["|---" * 8 + "|", full.line("all", "full", full)]
         lines += [cell.line(str(budget), cache, full) for (budget, cache), cell in sorted(cells.items())]
     return "\n".join(lines) + "\n"
+
+
+def parts(rows: Iterable[dict[str, Any]]) -> dict[tuple[int, str], list[dict[str, Any]]]:
+    """Rows by length of the prompt and way of asking, in this order: what a table or a picture shows."""
+    found: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault((row["tokens"], row["question"]), []).append(row)
+    return dict(sorted(found.items()))
 
 
 def pool(rows: Iterable[dict[str, Any]]) -> dict[tuple[int, str], Pooled]:
@@ -252,6 +258,12 @@ class Pooled:
         """Nats per token above the full cache on the same prompts, and their 95 % interval."""
         more = [nll - full.results[prompt][1] for prompt, (_, nll) in self.results.items()]
         return sum(more) / len(more), *bootstrap(more)
+
+    def brief(self, full: Pooled) -> str:
+        """Right answers, of how many where not all were asked, and nats per token above the full cache."""
+        asked = "" if len(self.results) == len(full.results) else f"/{len(self.results)}"
+        change = round(self.more_nll(full)[0], 2) + 0.0  # no minus before a zero
+        return f"{self.right:g}{asked}, {change:+.2f}"
 
     def line(self, budget: str, cache: str, full: Pooled) -> str:
         """A row of the table."""
