@@ -51,6 +51,7 @@ PEERS_NOTE = [
 ]
 
 KEY = ("model", "dtype", "template_sha256", "importance_sha256", "sharing_sha256")  # what rows must share to be one run
+SCORES = Path(__file__).with_name("results") / "leaderboard.jsonl"
 ROOM = 64  # tokens of an answer, in the caches whose bytes are reported
 
 
@@ -299,6 +300,21 @@ def read_rows(path: Path, columns: tuple[str, ...] = ("results", "prompt_sha256"
                 f"{path}, line {number}: not a row with {' and '.join(columns)}; mend or remove it"
             ) from None
         rows.append(row)
+    return rows
+
+
+def read_scores(path: Path) -> list[dict[str, Any]]:
+    """Rows that can be told together.
+
+    Raises:
+        ValueError: there are none, a line is damaged, or they are of several models, dtypes or splits.
+    """
+    rows = read_rows(path)
+    if not rows:
+        raise ValueError(f"there are no rows in {path}: python -m recipes.leaderboard makes them")
+    for name in ("model", "dtype", "split"):
+        if len(found := {row[name] for row in rows}) > 1:
+            raise ValueError(f"{path} mixes {' and '.join(sorted(found))} in {name}: give each a file of its own")
     return rows
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes import leaderboard, plot
-from recipes.leaderboard import parts, pool, read_rows
+from recipes.leaderboard import SCORES, parts, pool, read_scores
 from recipes.needles import TASKS as NEEDLES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,12 +79,7 @@ def texts(scores: Path, readme: Path) -> dict[Path, str]:
     Raises:
         ValueError: rows are missing, damaged or of several runs that do not compare; README lacks the comments.
     """
-    rows = read_rows(scores)
-    if not rows:
-        raise ValueError(f"there are no rows in {scores}: python -m recipes.leaderboard makes them")
-    for name in ("model", "dtype", "split"):
-        if len(found := {row[name] for row in rows}) > 1:
-            raise ValueError(f"{scores} mixes {' and '.join(sorted(found))} in {name}: give each a file of its own")
+    rows = read_scores(scores)
     section = quality(rows, os.path.relpath(scores.parent, readme.parent))
     text, count = SECTION.subn(lambda _: section, readme.read_text())
     if count != 1:
@@ -95,14 +90,13 @@ def texts(scores: Path, readme: Path) -> dict[Path, str]:
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m recipes.report", description=__doc__.splitlines()[0])
-    default = ROOT / "recipes" / "results" / "leaderboard.jsonl"
-    parser.add_argument("--scores", type=Path, default=default, help="jsonl file of recipes.leaderboard")
+    parser.add_argument("--scores", type=Path, default=SCORES, help="jsonl file of recipes.leaderboard")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="file with the quality comments")
     args = parser.parse_args(argv)
     try:
         for path, text in texts(args.scores, args.readme).items():
             path.write_text(text)
-        for (tokens, question), part in needles(read_rows(args.scores)).items():
+        for (tokens, question), part in needles(read_scores(args.scores)).items():
             plot.quality(part).savefig(args.scores.parent / picture(tokens, question), dpi=110)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import recipes.compare as compare
 import recipes.plot as plot
 import recipes.report as report
 
@@ -128,3 +129,47 @@ def test_reports_that_cannot_be_made_say_why(needles, tmp_path, capsys):
     needles.write_text("")
     assert report.main(arguments) == 2 and "no rows in" in capsys.readouterr().err
     assert readme.read_text() == "no comments" and not needles.with_suffix(".md").exists()
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "p"), [(0, 0, 1), (5, 0, 2 / 32), (0, 6, 2 / 64), (1, 8, 2 * 10 / 512), (10, 2, 2 * 79 / 4096)]
+)
+def test_mcnemar_equals_coins_counted_by_hand(one, other, p):
+    assert compare.mcnemar(one, other) == pytest.approx(p)
+
+
+def test_two_caches_are_compared_on_the_prompts_that_both_have(needles, capsys):
+    """Of 10 shared prompts A alone has 8 right and B alone 1; likelihoods differ by .1 and by .1 or .3 nats."""
+    arguments = ["a", "headkv", "--scores", str(needles)]
+    first, rows = plot.read_rows(needles)[0], []
+
+    def add(tokens, index, **results):
+        mebibytes = {name: dict.fromkeys(budgets, 3.0) for name, budgets in results.items()}
+        prompt = {"tokens": tokens, "prompt_sha256": f"{tokens}/{index}"}
+        rows.append(first | prompt | {"results": results, "mebibytes": mebibytes})
+
+    for index in range(10):
+        add(100, index, a={"32": [int(index < 8), 0.6], "16": [1, 1]}, headkv={"32": [int(index == 8), 0.5]})
+    add(100, 10, a={"32": [1, 5]})
+    for index in range(2):
+        add(300, index, a={"64": [0.5, 0.6 + 0.2 * index]}, headkv={"64": [0.25, 0.5]})
+    needles.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert compare.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith(("## ", "| 1", "| 3", "| 6"))] == [
+        "## 100 tokens, question seen",
+        "| 32 | 10 | 8 | 1 | 0.039 | +0.100 [+0.100, +0.100] |",
+        "## 300 tokens, question seen",
+        "| 64 | 2 | 2 | 0 | 0.5 | +0.200 [+0.100, +0.300] |",
+    ]
+
+
+def test_what_cannot_be_compared_is_said(needles, tmp_path, capsys):
+    for names, message in (
+        (("headkv", "nobody"), "no row has nobody; there are full, headkv"),
+        (("headkv", "full"), "no budget in common"),
+    ):
+        assert compare.main([*names, "--scores", str(needles)]) == 2
+        assert message in capsys.readouterr().err
+    assert compare.main(["headkv", "full", "--scores", str(tmp_path / "none.jsonl")]) == 2
+    assert "no rows in" in capsys.readouterr().err

@@ -41,9 +41,8 @@ def test_commands_parse(command, monkeypatch, capsys):
 
 def test_tables_are_what_the_rows_give():
     """`python -m recipes.report` mends what differs."""
-    scores = ROOT / "recipes" / "results" / "leaderboard.jsonl"
-    for path, text in report.texts(scores, ROOT / "README.md").items():
-        assert path.read_text() == text, f"{path.name} is not what {scores.name} gives: run python -m recipes.report"
+    for path, text in report.texts(report.SCORES, ROOT / "README.md").items():
+        assert path.read_text() == text, f"{path.name} is not what the rows give: run python -m recipes.report"
 
 
 def test_links_lead_somewhere():
