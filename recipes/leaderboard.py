@@ -9,6 +9,7 @@ asked-for value is the most likely one, which is what greedy decoding from the w
 Answers of RULER's families are generated and searched for what was asked for.
 
 `--peers kvpress` puts the same questions to kvpress's presses; each of them pays its own prefills.
+`--engine ray` spreads the questions over a Ray cluster (`pip install -e '.[ray]'`), for the same rows.
 """
 
 from __future__ import annotations
@@ -18,28 +19,24 @@ import functools
 import hashlib
 import json
 import math
-import random
 import shlex
 import sys
-import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
 
 from checkpoints import CheckpointError
-from kernels import native
 from layers.methods import build_method, needs_importance
-from recipes import press_scores
+from recipes import cluster, press_scores
 from recipes.needles import TASKS as NEEDLES
-from recipes.peers import Shared
 from recipes.questions import TASKS, Question, make_questions
-from recipes.replay import Record, Replay, answer, generate
-from zoo import Engine, Loaded, load, machine
+from recipes.worker import Job, Worker, load_model, make_worker
+from zoo import Loaded, machine
 from zoo.load import head_importance
 
 CACHES = ["headkv", "headkv:preset=published,beta=1.1", "snapkv", "snapkv:preset=tuned", "streaming"]
@@ -51,97 +48,7 @@ PEERS_NOTE = [
 ]
 
 KEY = ("model", "dtype", "template_sha256", "importance_sha256", "sharing_sha256")  # what rows must share to be one run
-ROOM = 64  # tokens of an answer, in the caches whose bytes are reported
-
-
-def ask_engine(engine: Engine, question: Question, mode: str) -> tuple[Tensor, list[int]]:
-    """Put a question to an engine: what `Replay` does for many caches at once.
-
-    Args:
-        engine: with room for the answer.
-        question: the question.
-        mode: "seen" while compressing, or "unseen": asked in a second turn.
-
-    Returns:
-        (A, V) logits, those at a predicting token a of the lead and the gold answer; the generated answer's ids, none
-        where no answer is to be generated.
-    """
-    if mode == "seen":
-        logits_1V = engine.prefill([question.context + question.question])
-    else:
-        engine.prefill([question.context])
-        logits_1V = engine.extend([question.question])
-    asked, forced = engine.snapshot(), [logits_1V]
-    forced += [engine.step([token]) for token in (question.lead + question.gold)[:-1]]
-    text: list[int] = []
-    if question.example is not None:
-        engine.restore(asked)
-        for token in question.lead:
-            logits_1V = engine.step([token])
-        while len(text) < question.example.max_new_tokens:
-            token = int(logits_1V.argmax())
-            if token in engine.loaded.chat.stop_ids:
-                break
-            text.append(token)
-            logits_1V = engine.step([token])
-    return torch.cat(forced), text
-
-
-def evaluate(
-    record: Record,
-    question: Question,
-    *,
-    mode: str,
-    engines: Mapping[str, Mapping[int, Engine]],
-    verify: bool = False,
-) -> dict[str, dict[str, list[float]]]:
-    """Ask one question through many caches.
-
-    Args:
-        record: its dense prefill.
-        question: the question.
-        mode: "seen" while compressing, or "unseen": asked in a second turn.
-        engines: by cache and budget, in tokens per KV head. Those whose layers share caches prefill for themselves.
-        verify: run the prompt through the engines themselves too.
-
-    Returns:
-        By cache and budget: the answer's score, 0 to 1, and the gold answer's negative log-likelihood, nats per token.
-
-    Raises:
-        AssertionError: replay and engine differ by more than rounding.
-    """
-    later = question.question if mode == "unseen" else []
-    seen = record.beginning(len(question.context)) if later else record
-    replays: dict[str, Replay] = {}
-    for cache, by_budget in engines.items():
-        method = next(iter(by_budget.values())).method
-        if not method.shared_layers:
-            replays[cache] = Replay(seen, method, list(by_budget), room=question.room, later=len(later))
-            if later:
-                replays[cache].extend(later)
-    logits = answer(list(replays.values()), question.lead + question.gold)
-    texts: list[list[list[int]]] = []
-    if question.example is not None:
-        stop_ids, limit = record.loaded.chat.stop_ids, question.example.max_new_tokens
-        texts = generate(list(replays.values()), question.lead, max_new_tokens=limit, stop_ids=stop_ids)
-    replayed = {
-        (cache, budget): (logits[number][row], texts[number][row] if texts else [])
-        for number, cache in enumerate(replays)
-        for row, budget in enumerate(engines[cache])
-    }
-    results: dict[str, dict[str, list[float]]] = {}
-    for cache, by_budget in engines.items():
-        for budget, engine in by_budget.items():
-            logits_AV, text = replayed.get((cache, budget)) or ask_engine(engine, question, mode)
-            if verify and cache in replays:
-                worst = float((ask_engine(engine, question, mode)[0] - logits_AV).abs().max())
-                assert worst < 2e-3, f"engine and replay differ by {worst} with {cache} at {budget}"
-            right, nll = question.likelihood(logits_AV)
-            score = float(right)
-            if question.example is not None:
-                score = question.score(record.loaded.tokenizer.decode(text))
-            results.setdefault(cache, {})[str(budget)] = [round(score, 4), round(nll, 5)]
-    return results
+SCORES = Path(__file__).with_name("results") / "leaderboard.jsonl"
 
 
 def wilson(hits: int, count: int) -> tuple[float, float]:
@@ -169,18 +76,16 @@ def bootstrap(values: list[float], draws: int = 2000) -> tuple[float, float]:
         >>> low < 0.5 < high
         True
     """
-    rng = random.Random(0)
-    means = sorted(sum(rng.choices(values, k=len(values))) / len(values) for _ in range(draws))
-    return means[round(0.025 * (draws - 1))], means[round(0.975 * (draws - 1))]
+    rng = np.random.RandomState(0)  # numpy keeps what it draws from one version to the next
+    low, high = np.quantile(rng.choice(values, (draws, len(values))).mean(1), [0.025, 0.975])
+    return float(low), float(high)
 
 
 def table(rows: Iterable[dict[str, Any]]) -> str:
     """Results as Markdown: one table per length of prompts and way of asking."""
-    parts: dict[tuple[int, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        parts.setdefault((row["tokens"], row["question"]), []).append(row)
-    first = next(iter(parts.values()))[0]
-    commits = sorted({row["commit"] for part in parts.values() for row in part})
+    rows = list(rows)
+    first = rows[0]
+    commits = sorted({row["commit"] for row in rows})
     lines = [
         f"# Leaderboard: {first['model']}, {first['dtype']}, split `{first['split']}`, seed {first['seed']}",
         "",
@@ -190,10 +95,10 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
         "fidelity, as fewer tokens distract less. ΔNLL: nats per token of the gold answer above the full cache.",
         "Brackets: 95 % intervals (Wilson, bootstrap). The columns with fractions count by task and kind of fact.",
         "",
-        *(PEERS_NOTE if any("versions" in row for part in parts.values() for row in part) else []),
-        *(f"    {command}" for command in sorted({row["command"] for part in parts.values() for row in part})),
+        *(PEERS_NOTE if any("versions" in row for row in rows) else []),
+        *(f"    {command}" for command in sorted({row["command"] for row in rows})),
     ]
-    for (tokens, question), part in sorted(parts.items()):
+    for (tokens, question), part in parts(rows).items():
         cells = pool(part)
         full = cells.pop((tokens, "full"))
         tasks, kinds = (" ".join(dict.fromkeys(row[name] for row in part)) for name in ("task", "kind"))
@@ -202,6 +107,14 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
         lines += ["|---" * 8 + "|", full.line("all", "full", full)]
         lines += [cell.line(str(budget), cache, full) for (budget, cache), cell in sorted(cells.items())]
     return "\n".join(lines) + "\n"
+
+
+def parts(rows: Iterable[dict[str, Any]]) -> dict[tuple[int, str], list[dict[str, Any]]]:
+    """Rows by length of the prompt and way of asking, in this order: what a table or a picture shows."""
+    found: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault((row["tokens"], row["question"]), []).append(row)
+    return dict(sorted(found.items()))
 
 
 def pool(rows: Iterable[dict[str, Any]]) -> dict[tuple[int, str], Pooled]:
@@ -253,6 +166,12 @@ class Pooled:
         more = [nll - full.results[prompt][1] for prompt, (_, nll) in self.results.items()]
         return sum(more) / len(more), *bootstrap(more)
 
+    def brief(self, full: Pooled) -> str:
+        """Right answers, of how many where not all were asked, and nats per token above the full cache."""
+        asked = "" if len(self.results) == len(full.results) else f"/{len(self.results)}"
+        change = round(self.more_nll(full)[0], 2) + 0.0  # no minus before a zero
+        return f"{self.right:g}{asked}, {change:+.2f}"
+
     def line(self, budget: str, cache: str, full: Pooled) -> str:
         """A row of the table."""
         share, low, high = self.accuracy()
@@ -290,17 +209,32 @@ def read_rows(path: Path, columns: tuple[str, ...] = ("results", "prompt_sha256"
     return rows
 
 
+def read_scores(path: Path) -> list[dict[str, Any]]:
+    """Rows that can be told together.
+
+    Raises:
+        ValueError: there are none, a line is damaged, or they are of several models, dtypes or splits.
+    """
+    rows = read_rows(path)
+    if not rows:
+        raise ValueError(f"there are no rows in {path}: python -m recipes.leaderboard makes them")
+    for name in ("model", "dtype", "split"):
+        if len(found := {row[name] for row in rows}) > 1:
+            raise ValueError(f"{path} mixes {' and '.join(sorted(found))} in {name}: give each a file of its own")
+    return rows
+
+
 def run(loaded: Loaded, args: argparse.Namespace, origin: dict[str, Any]) -> list[dict[str, Any]]:
     """Evaluate what the output file lacks, adding a row per prompt as soon as it is done.
 
     Returns:
         All rows that the arguments ask for, old and new.
     """
-    jobs = [
-        (tokens, task, number, asked)
+    asked = [
+        (tokens, index, question)
         for tokens in args.tokens
         for task in args.tasks
-        for number, asked in enumerate(
+        for index, question in enumerate(
             make_questions(
                 loaded.tokenizer,
                 loaded.chat,
@@ -312,54 +246,35 @@ def run(loaded: Loaded, args: argparse.Namespace, origin: dict[str, Any]) -> lis
             )
         )
     ]
+    rows = read_rows(args.output)
 
-    @functools.cache
-    def engine(name: str, budget: int, tokens: int) -> Engine:
-        most = min(tokens + ROOM, loaded.config.max_position)
-        files = {"importance": args.importance, "sharing": args.sharing}
-        return Engine(loaded, cache=name, budget=budget, max_new_tokens=ROOM, max_context=most, **files)
+    def done(tokens: int, mode: str, question: Question) -> list[dict[str, Any]]:
+        key = {name: origin.get(name) for name in KEY}
+        key |= {"tokens": tokens, "question": mode, "prompt_sha256": question.sha256}
+        return [row for row in rows if key.items() <= {name: row.get(name) for name in key}.items()]
 
     scores = head_importance(loaded, args.importance) if any(map(needs_importance, args.caches)) else None
     caches = dict.fromkeys(("full", *args.caches))
     whole = {cache for cache in caches if build_method(cache, scores).default_budget is None} | {"kvpress:full"}
-    rows, wanted = read_rows(args.output), []
-    shared = Shared(loaded) if args.peers else None
-    for tokens, task, number, question in track(jobs, "Questions", console=Console(stderr=True)):
-        record: Record | None = None
-        for mode in args.question:
-            key = {name: origin.get(name) for name in KEY}
-            key |= {"tokens": tokens, "question": mode, "prompt_sha256": question.sha256}
-            done = [row for row in rows if key.items() <= {name: row.get(name) for name in key}.items()]
-            wanted += done
-            asked_for = {name: [tokens] if name in whole else args.budgets for name in (*caches, *args.peers)}
-            missing = _missing(asked_for, done)
-            if not missing:
-                continue
-            started = time.perf_counter()
-            presses = {name: missing.pop(name) for name in args.peers if name in missing}
-            row = origin | key | {"split": args.split, "task": task, "kind": question.kind, "seed": args.seed}
-            row |= {"index": number, "depth": question.depth, "mebibytes": {}, "results": {}}
-            if missing:
-                record = record or Record(loaded, question.context + question.question)
-                engines = {
-                    name: {budget: engine(name, budget, tokens) for budget in budgets}
-                    for name, budgets in missing.items()
-                }
-                row["results"] = evaluate(record, question, mode=mode, engines=engines, verify=number < args.verify)
-                row["mebibytes"] = {
-                    name: {str(budget): round(made.cache.nbytes / 2**20, 2) for budget, made in by_budget.items()}
-                    for name, by_budget in engines.items()
-                }
-            if shared and presses:
-                theirs = press_scores.evaluate(shared, question, mode=mode, presses=presses, room=ROOM)
-                row["results"] |= theirs.results
-                row["mebibytes"] |= theirs.mebibytes
-                row |= {"kept": theirs.kept, "versions": press_scores.versions()}
-            row["seconds"] = round(time.perf_counter() - started, 2)
+    jobs = []
+    for tokens, index, question in asked:
+        wanted = {name: [tokens] if name in whole else args.budgets for name in (*caches, *args.peers)}
+        missing = {mode: _missing(wanted, done(tokens, mode, question)) for mode in args.question}
+        if any(missing.values()):
+            jobs.append(Job(question=question, tokens=tokens, index=index, missing=missing))
+    results: Iterable[Iterable[dict[str, Any]]] = []
+    if jobs and args.engine == "ray":
+        make = functools.partial(make_worker, args, origin)
+        gpus = int(torch.device(args.device).type == "cuda")
+        results = cluster.spread(make, jobs, workers=args.workers, cpus=args.threads or 1, gpus=gpus)
+    elif jobs:
+        results = map(Worker(loaded, args, origin).rows, jobs)
+    for made in track(results, "Questions", total=len(jobs), console=Console(stderr=True)):
+        for row in made:
             with args.output.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-            wanted.append(row)
-    return wanted
+            rows.append(row)
+    return [row for tokens, _, question in asked for mode in args.question for row in done(tokens, mode, question)]
 
 
 def _sha256(file: Path | None) -> str | None:
@@ -405,25 +320,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--table", type=Path, help="Markdown file for the table, which is always printed")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--threads", type=int, help="CPU threads, with --engine ray of each worker")
+    parser.add_argument("--engine", choices=["local", "ray"], default="local", help="ray: questions over a Ray cluster")
+    parser.add_argument("--workers", type=int, help="with --engine ray (default: as many as the cluster has room for)")
     args = parser.parse_args(argv)
     try:
         args.peers = press_scores.names(args.peers)
         commit = machine.commit()  # before the long part, during which the tree may change
-        if args.threads:
-            torch.set_num_threads(args.threads)
-        loaded = load(args.model, dtype=args.dtype, device=args.device)
-        if args.device == "cpu":
-            try:
-                native.load()
-            except RuntimeError as error:
-                print(f"without the C++ operators, so slower ({error})", file=sys.stderr)
+        if args.engine == "ray":
+            cluster.require_ray()
+        loaded = load_model(args)
         origin = {
             "model": loaded.name,
             "dtype": args.dtype,
             "template_sha256": loaded.chat.template_hash,
             "stop_ids": sorted(loaded.chat.stop_ids),
-            "machine": machine.description(torch.device(args.device)),
             "importance_sha256": _sha256(args.importance),
             "sharing_sha256": _sha256(args.sharing),
             "commit": commit,

@@ -59,17 +59,21 @@ def quality(rows: list[dict[str, Any]]) -> Figure:
     for number, cache in enumerate(caches):
         line = [cell for (_, name), cell in sorted(cells.items()) if name == cache]
         apart = 1 + 0.008 * (number - len(caches) / 2)
-        size = [cell.mebibytes * apart for cell in line]
+        sizes = [cell.mebibytes * apart for cell in line]
         for axes, values in ((left, [c.accuracy() for c in line]), (right, [c.more_nll(full) for c in line])):
             middle, low, high = zip(*values, strict=True)
-            axes.plot(size, middle, label=cache, linewidth=1.4, **_style(number))
-            axes.vlines(size, low, high, color=_style(number)["color"], alpha=0.35, linewidth=1)
+            dashes = "--" if cache.startswith("kvpress:") else "-"
+            axes.plot(sizes, middle, label=cache, linewidth=1.4, linestyle=dashes, **_style(number))
+            axes.vlines(sizes, low, high, color=_style(number)["color"], alpha=0.35, linewidth=1)
     left.axhline(full.accuracy()[0], color="black", linestyle=":", label="full")
     right.axhline(0, color="black", linestyle=":")
     left.set_title("accuracy")
     right.set_title("ΔNLL, nats per token (logarithmic beyond 0.1)")
     right.set_yscale("symlog", linthresh=0.1)
-    ticks = sorted({cell.mebibytes for cell in cells.values()})
+    ticks: list[float] = []
+    for size in sorted(cell.mebibytes for cell in cells.values()):
+        if not ticks or size > 1.15 * ticks[-1]:  # labels that do not touch
+            ticks.append(size)
     for axes in (left, right):
         axes.set_xscale("log")
         axes.set_xticks(ticks, [f"{x:.1f}" for x in ticks], rotation=60, fontsize=8)

@@ -14,7 +14,7 @@ ALLOWED = {
     "recipes": {"recipes", "zoo", "layers", "kernels", "checkpoints"},
 }
 OURS = set(ALLOWED) | {"tests"}
-HEAVY = {"transformers", "lm_eval", "kvpress", "datasets", "matplotlib"}
+HEAVY = {"transformers", "lm_eval", "kvpress", "datasets", "matplotlib", "ray"}
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:

@@ -1,4 +1,4 @@
-"""Pictures are made of the rows that recipes write."""
+"""Pictures and tables are made of the rows that recipes write."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+import recipes.compare as compare
 import recipes.plot as plot
+import recipes.report as report
 
 PEERS = Path(__file__).parents[1] / "recipes" / "results" / "bench_peers.jsonl"
 
@@ -20,7 +22,11 @@ def needles(tmp_path):
             "question": question,
             "prompt_sha256": f"{tokens}/{index}",
             "model": "some",
+            "dtype": "float32",
             "split": "tune",
+            "seed": 0,
+            "commit": "abc",
+            "command": "python -m recipes.leaderboard",
             "task": "noise",
             "kind": "number",
             "depth": (index + 0.5) / 6,
@@ -74,3 +80,96 @@ def test_quality_shows_the_numbers(needles):
 def test_what_cannot_be_plotted_is_said(arguments, message, capsys):
     assert plot.main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+README = "Text.\n<!-- quality: begin -->\nold\n<!-- quality: end -->\nMore.\n"
+
+
+def test_the_report_writes_tables_and_pictures(needles, tmp_path):
+    """The best first, peers marked, a column for each budget, what was not asked left empty, RULER's tasks left out."""
+    rows = plot.read_rows(needles)
+    for index, row in enumerate(rows):
+        if (row["tokens"], row["question"]) == (100, "seen"):
+            row["results"] |= {"kvpress:tova": {"128": [1, 0.098]}, **{f"none{i}": {"32": [0, 9]} for i in range(7)}}
+            if index == 0:
+                del row["results"]["headkv"]["64"]
+            row["mebibytes"] |= {name: dict.fromkeys(budgets, 3.0) for name, budgets in row["results"].items()}
+    other = rows[0] | {"task": "vt", "prompt_sha256": "vt", "results": {**rows[0]["results"], "headkv": {"32": [1, 0]}}}
+    needles.write_text("".join(json.dumps(row) + "\n" for row in [*rows, other]))
+    readme = tmp_path / "README.md"
+    readme.write_text(README)
+    assert report.main(["--scores", str(needles), "--readme", str(readme)]) == 0
+    text = readme.read_text()
+    assert text.startswith("Text.\n<!-- quality: begin -->\n**100 tokens, question seen**; the full cache has 6 of 6")
+    assert text.endswith("<!-- quality: end -->\nMore.\n") and "old" not in text
+    table, folded = text.split("<details><summary>1 more</summary>")
+    assert table.splitlines()[4:9] == [
+        "| `--cache` | 32 | 64 | 128 |",
+        "|---|---|---|---|",
+        "| `headkv` | 3, +0.40 | 5/5, +0.10 |  |",
+        "| `kvpress:tova` † |  |  | 6, +0.00 |",
+        "| `none0` | 0, +8.90 |  |  |",
+    ]
+    assert folded.count("| `none6` |") == 1 and folded.count("| `headkv` | 3, +0.40 | 6, +0.10 |") == 3
+    assert "† A press of kvpress" in folded
+    assert needles.with_suffix(".md").read_text().count("## ") == 4
+    pictures = {f"quality_{n}_{q}.png" for q in ("seen", "unseen") for n in (100, 200)}
+    assert {path.name for path in tmp_path.glob("*.png")} == pictures and all(f"/{name})" in text for name in pictures)
+    readme.write_text(text.replace("3, +0.40", "4, +0.40"))
+    assert report.texts(needles, readme)[readme] == text  # how tests/test_readme.py finds a number that was edited
+
+
+def test_reports_that_cannot_be_made_say_why(needles, tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text("no comments")
+    arguments = ["--scores", str(needles), "--readme", str(readme)]
+    assert report.main(arguments) == 2 and "quality: begin" in capsys.readouterr().err
+    needles.write_text(needles.read_text().replace("float32", "bfloat16", 1))
+    assert report.main(arguments) == 2 and "mixes bfloat16 and float32 in dtype" in capsys.readouterr().err
+    needles.write_text("")
+    assert report.main(arguments) == 2 and "no rows in" in capsys.readouterr().err
+    assert readme.read_text() == "no comments" and not needles.with_suffix(".md").exists()
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "p"), [(0, 0, 1), (5, 0, 2 / 32), (0, 6, 2 / 64), (1, 8, 2 * 10 / 512), (10, 2, 2 * 79 / 4096)]
+)
+def test_mcnemar_equals_coins_counted_by_hand(one, other, p):
+    assert compare.mcnemar(one, other) == pytest.approx(p)
+
+
+def test_two_caches_are_compared_on_the_prompts_that_both_have(needles, capsys):
+    """Of 10 shared prompts A alone has 8 right and B alone 1; likelihoods differ by .1 and by .1 or .3 nats."""
+    arguments = ["a", "headkv", "--scores", str(needles)]
+    first, rows = plot.read_rows(needles)[0], []
+
+    def add(tokens, index, **results):
+        mebibytes = {name: dict.fromkeys(budgets, 3.0) for name, budgets in results.items()}
+        prompt = {"tokens": tokens, "prompt_sha256": f"{tokens}/{index}"}
+        rows.append(first | prompt | {"results": results, "mebibytes": mebibytes})
+
+    for index in range(10):
+        add(100, index, a={"32": [int(index < 8), 0.6], "16": [1, 1]}, headkv={"32": [int(index == 8), 0.5]})
+    add(100, 10, a={"32": [1, 5]})
+    for index in range(2):
+        add(300, index, a={"64": [0.5, 0.6 + 0.2 * index]}, headkv={"64": [0.25, 0.5]})
+    needles.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert compare.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith(("## ", "| 1", "| 3", "| 6"))] == [
+        "## 100 tokens, question seen",
+        "| 32 | 10 | 8 | 1 | 0.039 | +0.100 [+0.100, +0.100] |",
+        "## 300 tokens, question seen",
+        "| 64 | 2 | 2 | 0 | 0.5 | +0.200 [+0.100, +0.300] |",
+    ]
+
+
+def test_what_cannot_be_compared_is_said(needles, tmp_path, capsys):
+    for names, message in (
+        (("headkv", "nobody"), "no row has nobody; there are full, headkv"),
+        (("headkv", "full"), "no budget in common"),
+    ):
+        assert compare.main([*names, "--scores", str(needles)]) == 2
+        assert message in capsys.readouterr().err
+    assert compare.main(["headkv", "full", "--scores", str(tmp_path / "none.jsonl")]) == 2
+    assert "no rows in" in capsys.readouterr().err

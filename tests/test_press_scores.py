@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import recipes.leaderboard as leaderboard
+import recipes.worker as worker
 from recipes.peers import Shared
 from recipes.press_scores import PRESSES, Pressed, evaluate, names, parse
 from recipes.questions import Question
@@ -43,7 +44,7 @@ def shared(request: pytest.FixtureRequest, tmp_path: Path) -> Shared:
 def test_without_compression_scores_are_those_of_our_full_cache(shared: Shared, mode: str) -> None:
     engine = Engine(shared.loaded, cache="full", max_new_tokens=16)
     record = Record(shared.loaded, CONTEXT + QUESTION.question)
-    (ours,) = leaderboard.evaluate(record, QUESTION, mode=mode, engines={"full": {97: engine}})["full"].values()
+    (ours,) = worker.evaluate(record, QUESTION, mode=mode, engines={"full": {97: engine}})["full"].values()
     presses = {"kvpress:full": [97], "kvpress:adakv": [16], "kvpress:snapkv": [97, 200]}
     theirs = evaluate(shared, QUESTION, mode=mode, presses=presses, room=5).results
     assert theirs["kvpress:full"]["97"] == pytest.approx(ours, abs=1e-4)
@@ -93,7 +94,7 @@ def test_the_leaderboard_has_presses_beside_our_caches(
     pytest.importorskip("kvpress")
     loaded = tiny_model("llama/plain", tmp_path, max_position_embeddings=400)
     loaded = replace(loaded, tokenizer=Words(), chat=CHAT)
-    monkeypatch.setattr(leaderboard, "load", lambda name, **_: loaded)
+    monkeypatch.setattr(worker, "load", lambda name, **_: loaded)
     output = tmp_path / "out.jsonl"
     arguments = ["--tasks", "noise", "vt", "--tokens", "380", "--question", "seen", "unseen", "--prompts", "1"]
     arguments += ["--caches", "streaming", "--budgets", "16", "24", "--output", str(output)]
@@ -142,7 +143,7 @@ def test_a_press_and_our_method_of_the_same_settings_agree(shared: Shared) -> No
     ours, presses = "snapkv:window=8,recent=8,ahead=2,behind=2,pooling=mean", {SNAPKV: [16, 40]}
     engines = {ours: {budget: Engine(shared.loaded, cache=ours, budget=budget) for budget in (16, 40)}}
     record = Record(shared.loaded, CONTEXT + QUESTION.question)
-    expected = leaderboard.evaluate(record, QUESTION, mode="seen", engines=engines)[ours]
+    expected = worker.evaluate(record, QUESTION, mode="seen", engines=engines)[ours]
     theirs = evaluate(shared, QUESTION, mode="seen", presses=presses, room=5).results[SNAPKV]
     assert theirs["16"] == pytest.approx(expected["16"], abs=1e-4)
     assert theirs["40"] == pytest.approx(expected["40"], abs=1e-4)

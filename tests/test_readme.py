@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes import lean_generate
+from recipes import lean_generate, report
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -37,6 +37,17 @@ def test_commands_parse(command, monkeypatch, capsys):
     with suppress(SystemExit):
         module.main([*words[3:], "--help"])
     assert "usage" in capsys.readouterr().out
+
+
+def test_tables_are_what_the_rows_give():
+    """`python -m recipes.report` mends what differs."""
+    for path, text in report.texts(report.SCORES, ROOT / "README.md").items():
+        assert path.read_text() == text, f"{path.name} is not what the rows give: run python -m recipes.report"
+
+
+def test_links_lead_somewhere():
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert links and not [link for link in links if not (ROOT / link).exists()]
 
 
 def test_ci_runs_the_test_command():

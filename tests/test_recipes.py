@@ -17,6 +17,7 @@ import recipes.calibrate_heads as calibrate_heads
 import recipes.leaderboard as leaderboard
 import recipes.perplexity as perplexity
 import recipes.plot_heads as plot_heads
+import recipes.worker as worker
 from checkpoints import CheckpointError, config_hash, read_importance
 from checkpoints.sharing import LayerSharing, write_sharing
 from layers.methods import build_method
@@ -286,7 +287,7 @@ def test_replay_equals_the_engine(loaded: Loaded, importance: Path, spec: str, q
 
 @pytest.fixture
 def command_line(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> Loaded:
-    for module in (calibrate_heads, leaderboard, plot_heads):
+    for module in (calibrate_heads, worker, plot_heads):
         monkeypatch.setattr(module, "load", lambda name, *, dtype, device="cpu": replace(loaded, name=name))
     return loaded
 
@@ -445,10 +446,10 @@ def test_shared_layers_go_through_engines(command_line: Loaded, importance: Path
     question = make_questions(loaded.tokenizer, CHAT, split="test", task="vt", tokens=380, count=3, seed=7)[0]
     assert rows[0]["prompt_sha256"] == question.sha256 and question.example is not None
     engine = Engine(loaded, cache=caches[1], budget=16, max_new_tokens=64, max_context=400, sharing=file)
-    logits_AV, text = leaderboard.ask_engine(engine, question, "seen")
+    logits_AV, text = worker.ask_engine(engine, question, "seen")
     expected = [round(question.score(Words().decode(text)), 4), round(question.likelihood(logits_AV)[1], 5)]
     assert rows[0]["results"][caches[1]]["16"] == expected
-    _, text = leaderboard.ask_engine(engine, replace(question, lead=[]), "seen")
+    _, text = worker.ask_engine(engine, replace(question, lead=[]), "seen")
     (same,) = engine.generate([question.context + question.question], max_new_tokens=question.example.max_new_tokens)
     assert text == same
 
