@@ -8,7 +8,8 @@ cache, which gives its log-likelihood. A needle (tasks noise and prose) counts a
 asked-for value is the most likely one, which is what greedy decoding from the words that lead up to it would give.
 Answers of RULER's families are generated and searched for what was asked for.
 
-`--peers kvpress` puts the same questions to kvpress's presses; each of them pays its own prefills.
+`--peers kvpress` puts the same questions to kvpress's presses, which share a prefill per way of asking. A press that
+fails at a budget is left out there and only there; why is `refused` in the row, and it is not tried again.
 """
 
 from __future__ import annotations
@@ -201,7 +202,20 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
         lines += [f"| tokens per KV head | MiB | cache | accuracy | of full | ΔNLL | {tasks} | {kinds} |"]
         lines += ["|---" * 8 + "|", full.line("all", "full", full)]
         lines += [cell.line(str(budget), cache, full) for (budget, cache), cell in sorted(cells.items())]
+        lines += _refusals(part)
     return "\n".join(lines) + "\n"
+
+
+def _refusals(rows: list[dict[str, Any]]) -> list[str]:
+    reasons: dict[tuple[str, int], list[str]] = {}
+    for row in rows:
+        for cache, by_budget in row.get("refused", {}).items():
+            for budget, reason in by_budget.items():
+                reasons.setdefault((cache, int(budget)), []).append(reason)
+    return [
+        f"\n`{cache}` at {budget} is left out in {len(found)}, e.g. as it {found[0]}"
+        for (cache, budget), found in sorted(reasons.items())
+    ]
 
 
 def pool(rows: Iterable[dict[str, Any]]) -> dict[tuple[int, str], Pooled]:
@@ -323,7 +337,7 @@ def run(loaded: Loaded, args: argparse.Namespace, origin: dict[str, Any]) -> lis
     caches = dict.fromkeys(("full", *args.caches))
     whole = {cache for cache in caches if build_method(cache, scores).default_budget is None} | {"kvpress:full"}
     rows, wanted = read_rows(args.output), []
-    shared = Shared(loaded) if args.peers else None
+    shared, told = Shared(loaded) if args.peers else None, set[str]()
     for tokens, task, number, question in track(jobs, "Questions", console=Console(stderr=True)):
         record: Record | None = None
         for mode in args.question:
@@ -354,7 +368,10 @@ def run(loaded: Loaded, args: argparse.Namespace, origin: dict[str, Any]) -> lis
                 theirs = press_scores.evaluate(shared, question, mode=mode, presses=presses, room=ROOM)
                 row["results"] |= theirs.results
                 row["mebibytes"] |= theirs.mebibytes
-                row |= {"kept": theirs.kept, "versions": press_scores.versions()}
+                row |= {"kept": theirs.kept, "refused": theirs.refused, "versions": press_scores.versions()}
+                for name in sorted(theirs.refused.keys() - told):
+                    told.add(name)  # once, so that nobody waits for hours for what never comes
+                    print(f"{name} is left out where it fails: {theirs.refused[name]}", file=sys.stderr)
             row["seconds"] = round(time.perf_counter() - started, 2)
             with args.output.open("a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -369,10 +386,15 @@ def _sha256(file: Path | None) -> str | None:
 def _missing(wanted: Mapping[str, list[int]], done: list[dict[str, Any]]) -> dict[str, list[int]]:
     """Budgets by cache that no row has."""
     left = {
-        cache: [b for b in budgets if not any(str(b) in row["results"].get(cache, {}) for row in done)]
+        cache: [b for b in budgets if not any(str(b) in _settled(row, cache) for row in done)]
         for cache, budgets in wanted.items()
     }
     return {cache: budgets for cache, budgets in left.items() if budgets}
+
+
+def _settled(row: dict[str, Any], cache: str) -> dict[str, Any]:
+    """What a row says about a cache, by budget: results, or why there are none."""
+    return row["results"].get(cache, {}) | row.get("refused", {}).get(cache, {})
 
 
 def main(argv: list[str] | None = None) -> int:
