@@ -394,7 +394,7 @@ def _missing(wanted: Mapping[str, list[int]], done: list[dict[str, Any]]) -> dic
 
 def _settled(row: dict[str, Any], cache: str) -> dict[str, Any]:
     """What a row says about a cache, by budget: results, or why there are none."""
-    return row["results"].get(cache, {}) | row.get("refused", {}).get(cache, {})
+    return {**row["results"].get(cache, {}), **row.get("refused", {}).get(cache, {})}
 
 
 def main(argv: list[str] | None = None) -> int:
