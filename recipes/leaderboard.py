@@ -8,7 +8,8 @@ cache, which gives its log-likelihood. A needle (tasks noise and prose) counts a
 asked-for value is the most likely one, which is what greedy decoding from the words that lead up to it would give.
 Answers of RULER's families are generated and searched for what was asked for.
 
-`--peers kvpress` puts the same questions to kvpress's presses; each of them pays its own prefills.
+`--peers kvpress` puts the same questions to kvpress's presses, which share a prefill per way of asking. A press that
+fails at a budget is left out there and only there; why is `refused` in the row, and it is not tried again.
 `--engine ray` spreads the questions over a Ray cluster (`pip install -e '.[ray]'`), for the same rows.
 """
 
@@ -106,7 +107,20 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
         lines += [f"| tokens per KV head | MiB | cache | accuracy | of full | ΔNLL | {tasks} | {kinds} |"]
         lines += ["|---" * 8 + "|", full.line("all", "full", full)]
         lines += [cell.line(str(budget), cache, full) for (budget, cache), cell in sorted(cells.items())]
+        lines += _refusals(part)
     return "\n".join(lines) + "\n"
+
+
+def _refusals(rows: list[dict[str, Any]]) -> list[str]:
+    reasons: dict[tuple[str, int], list[str]] = {}
+    for row in rows:
+        for cache, by_budget in row.get("refused", {}).items():
+            for budget, reason in by_budget.items():
+                reasons.setdefault((cache, int(budget)), []).append(reason)
+    return [
+        f"\n`{cache}` at {budget} is left out in {len(found)}, e.g. as it {found[0]}"
+        for (cache, budget), found in sorted(reasons.items())
+    ]
 
 
 def parts(rows: Iterable[dict[str, Any]]) -> dict[tuple[int, str], list[dict[str, Any]]]:
@@ -269,8 +283,12 @@ def run(loaded: Loaded, args: argparse.Namespace, origin: dict[str, Any]) -> lis
         results = cluster.spread(make, jobs, workers=args.workers, cpus=args.threads or 1, gpus=gpus)
     elif jobs:
         results = map(Worker(loaded, args, origin).rows, jobs)
+    told: set[str] = set()
     for made in track(results, "Questions", total=len(jobs), console=Console(stderr=True)):
         for row in made:
+            for name in sorted(row.get("refused", {}).keys() - told):
+                told.add(name)  # once, so that nobody waits for hours for what never comes
+                print(f"{name} is left out where it fails: {row['refused'][name]}", file=sys.stderr)
             with args.output.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             rows.append(row)
@@ -284,10 +302,15 @@ def _sha256(file: Path | None) -> str | None:
 def _missing(wanted: Mapping[str, list[int]], done: list[dict[str, Any]]) -> dict[str, list[int]]:
     """Budgets by cache that no row has."""
     left = {
-        cache: [b for b in budgets if not any(str(b) in row["results"].get(cache, {}) for row in done)]
+        cache: [b for b in budgets if not any(str(b) in _settled(row, cache) for row in done)]
         for cache, budgets in wanted.items()
     }
     return {cache: budgets for cache, budgets in left.items() if budgets}
+
+
+def _settled(row: dict[str, Any], cache: str) -> dict[str, Any]:
+    """What a row says about a cache, by budget: results, or why there are none."""
+    return {**row["results"].get(cache, {}), **row.get("refused", {}).get(cache, {})}
 
 
 def main(argv: list[str] | None = None) -> int:

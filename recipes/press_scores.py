@@ -1,23 +1,27 @@
 """The presses of kvpress on the leaderboard's questions: same weights, same prompts, as many tokens per KV head.
 
 A press is named `kvpress:snapkv`, or `kvpress:snapkv(window_size=32,kernel_size=13)` where not all is its default;
-`kvpress:full` compresses nothing. Each press and budget pays a prefill of its own. With the question seen, the whole
-prompt is compressed; unseen, the context, and the question stays whole behind it, as in kvpress's pipeline.
+`kvpress:full` compresses nothing. With the question seen, the whole prompt is compressed; unseen, the context, and the
+question stays whole behind it, as in kvpress's pipeline. A press acts behind each layer's attention, on nothing but
+the cache, so that one prefill serves them all: each press has a cache of its own at each budget. What fails there fails
+alone, and is named with its reason.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Collection, Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import ExitStack
+from copy import copy
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from recipes.peers import PEERS, Shared
+from recipes.peers import PEERS, Shared, Unsuitable
 from recipes.questions import Question
 
 PRESSES = {
@@ -39,11 +43,13 @@ class Scores:
         results: the answer's score, 0 to 1, and the gold answer's negative log-likelihood, nats per token.
         mebibytes: that their caches take, with the question and room for an answer.
         kept: tokens of what was compressed, mean over KV heads.
+        refused: why there are no results.
     """
 
     results: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     mebibytes: dict[str, dict[str, float]] = field(default_factory=dict)
     kept: dict[str, dict[str, float]] = field(default_factory=dict)
+    refused: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
 def names(peers: Iterable[str]) -> list[str]:
@@ -98,7 +104,7 @@ def make_press(name: str, ratio: float) -> Any:
         ratio: share of the tokens to drop.
 
     Returns:
-        The press, None for `kvpress:full`.
+        The press, for `kvpress:full` one that drops nothing.
 
     Raises:
         ValueError: there is no such press or option, or kvpress is not installed.
@@ -110,7 +116,7 @@ def make_press(name: str, ratio: float) -> Any:
 
     try:
         if kind == "full":
-            return None
+            return kvpress.ScorerPress()
         if kind == "adakv":
             outer = {key: options.pop(key) for key in ("alpha_safeguard",) if key in options}
             return kvpress.AdaKVPress(kvpress.SnapKVPress(compression_ratio=ratio, **options), **outer)
@@ -132,94 +138,104 @@ def evaluate(
         room: tokens of an answer, in the bytes that are reported.
 
     Returns:
-        Scores, bytes and kept tokens.
-
-    Raises:
-        ValueError: a press cannot compress this prompt to a budget, or kept more or less than the budget.
+        Scores, bytes and kept tokens; of what fails, why.
     """
     scores, later = Scores(), question.question if mode == "unseen" else []
-    ids = question.context if later else question.context + question.question
-    for name, budgets in presses.items():
-        for budget in budgets:
-            prompt = Pressed(shared, name, ids, budget)
-            prompt.read(later)
-            nbytes = prompt.nbytes(room)
-            forced = question.lead + question.gold
-            right, nll = question.likelihood(prompt.read(forced[:-1]))
-            score = float(right)
+    prompts = compress(shared, question.context if later else question.context + question.question, presses)
+    while prompts:
+        prompt = prompts.pop(0)  # and out of memory when done: AdaKV copies all tokens when it reads on
+        name, budget = prompt.name, str(prompt.budget)
+        try:
+            right, nll = question.likelihood(prompt.read(later + question.lead + question.gold[:-1]))
+            nbytes, score = prompt.nbytes(len(later) + room), float(right)
             if question.example is not None:
-                prompt.forget(len(forced) - 1)
+                prompt.forget(len(question.gold) - 1)
                 score = question.score(shared.loaded.tokenizer.decode(_generate(shared, prompt, question)))
-            scores.results.setdefault(name, {})[str(budget)] = [round(score, 4), round(nll, 5)]
-            scores.mebibytes.setdefault(name, {})[str(budget)] = round(nbytes / 2**20, 2)
-            scores.kept.setdefault(name, {})[str(budget)] = round(prompt.kept, 3)
+        except Unsuitable as reason:
+            scores.refused.setdefault(name, {})[budget] = str(reason)
+            continue
+        scores.results.setdefault(name, {})[budget] = [round(score, 4), round(nll, 5)]
+        scores.mebibytes.setdefault(name, {})[budget] = round(nbytes / 2**20, 2)
+        scores.kept.setdefault(name, {})[budget] = round(prompt.kept, 3)
     return scores
 
 
 def _generate(shared: Shared, prompt: Pressed, question: Question) -> list[int]:
     assert question.example is not None
     tokens: list[int] = []
-    logits_V = prompt.read(question.lead)[-1]
-    while len(tokens) < question.example.max_new_tokens:
-        token = int(logits_V.argmax())
+    for _ in range(question.example.max_new_tokens):
+        token = int(prompt.read(tokens[-1:])[-1].argmax())
         if token in shared.loaded.chat.stop_ids:
             break
         tokens.append(token)
-        logits_V = prompt.read([token])[-1]
     return tokens
 
 
+@torch.inference_mode()
+def compress(shared: Shared, ids: list[int], presses: Mapping[str, Collection[int]]) -> list[Pressed]:
+    """Prefill once, for all presses and budgets in tokens per KV head."""
+    prompts = [Pressed(shared, name, budget) for name, budgets in presses.items() for budget in budgets]
+    with ExitStack() as stack:
+        for prompt in prompts:
+            # A press keeps int(tokens * (1 - ratio)) or rounds that: a little more keeps errors from taking one away.
+            press = make_press(prompt.name, ratio=max(0.0, 1 - (prompt.budget + 1e-6) / len(ids)))
+            press.forward_hook = partial(prompt.act, press.forward_hook)
+            stack.callback(delattr, press, "forward_hook")  # as press and prompt would hold each other in memory
+            stack.enter_context(press(shared.transformers))
+        logits_V = Pressed(shared, "kvpress:full", len(ids)).read(ids)[-1]
+    for prompt in prompts:
+        prompt.begin(len(ids), logits_V)
+    return prompts
+
+
 class Pressed:
-    """A prompt in the cache that a press leaves, to be read on from until the model takes in another.
+    """A prompt in the cache that a press leaves, to be read on from.
 
     Args:
         shared: the model.
         name: of the press.
-        ids: what is compressed.
         budget: tokens per KV head.
-
-    Raises:
-        ValueError: the press cannot do that, or does something else.
 
     Attributes:
         kept: tokens that attention reads, mean over KV heads.
     """
 
-    @torch.inference_mode()
-    def __init__(self, shared: Shared, name: str, ids: list[int], budget: int) -> None:
+    def __init__(self, shared: Shared, name: str, budget: int) -> None:
         from transformers import DynamicCache
 
+        self.name, self.budget = name, budget
         self._model: Any = shared.transformers
         self._cache: Any = DynamicCache(config=self._model.config)
-        self._seen = 0
-        # A press keeps int(tokens * (1 - ratio)) or rounds that: a little more keeps errors from taking a token away.
-        press = make_press(name, ratio=max(0.0, 1 - (budget + 1e-6) / len(ids)))
-        try:
-            with press(self._model) if press else nullcontext():
-                self._logits = [*self._forward(ids)]
-        except AssertionError as error:
-            raise ValueError(f"{name} cannot compress {len(ids)} tokens to {budget}: {error}") from None
-        masks = [getattr(layer.self_attn, "masked_key_indices", None) for layer in self._model.model.layers]
-        self._masks: list[Tensor] = [index for mask in masks if mask is not None for index in mask]
-        layers: list[Any] = self._cache.layers
-        lengths = [layer.keys.shape[2] for layer in layers]
-        hidden = sum(map(len, self._masks)) / 3 / self._model.config.num_key_value_heads
+        self._masks: list[tuple[Tensor, ...] | None] = [None] * len(self._cache.layers)
+        self._logits: list[Tensor] = []
+        self._seen, self._alike, self._failure = 0, True, ""
+
+    def act(self, hook: Callable[..., Any], module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """Run a press's forward hook on this cache, which is given what the layer has put into another."""
+        layer = module.layer_idx
+        if not self._failure:
+            self._cache.layers[layer] = copy(kwargs["past_key_values"].layers[layer])
+            try:
+                hook(module, args, kwargs | {"past_key_values": self._cache}, output)
+            except Exception as error:
+                self._failure = f"cannot compress: {type(error).__name__}: {error}"
+            # What AdaKV hides it notes where attention finds it, for its own tokens only.
+            self._masks[layer], module.masked_key_indices = module.masked_key_indices, None
+
+    def begin(self, tokens: int, logits_V: Tensor) -> None:
+        """Check what is left of so many tokens, and start from the logits after them."""
+        self._seen, self._logits = tokens, [logits_V]
+        if self._failure:
+            return
+        lengths = [layer.keys.shape[2] for layer in self._cache.layers]
+        hidden = sum(len(mask[0]) for mask in self._masks if mask) / self._model.config.num_key_value_heads
         self.kept = (sum(lengths) - hidden) / len(lengths)
         # A pyramid rounds in each layer. All others hit the budget.
-        if abs(self.kept - min(budget, len(ids))) > (0.5 if "pyramidkv" in name else 0):
-            raise ValueError(f"{name} kept {self.kept} of {len(ids)} tokens per KV head, not {budget}")
+        if abs(self.kept - min(self.budget, tokens)) > (0.5 if "pyramidkv" in self.name else 0):
+            self._failure = f"kept {self.kept} of {tokens} tokens per KV head, not {self.budget}"
         # Several tokens in one pass share a mask as long as the first layer, and AdaKV hides keys from them by making
         # one key that is far from all of their queries: where layers differ or keys are hidden they go one by one.
-        self._alike = not self._masks and len(set(lengths)) == 1
-
-    def _forward(self, ids: list[int]) -> Tensor:
-        ids_1T = torch.tensor([ids], device=self._model.device)
-        position_1T = torch.arange(self._seen, self._seen + len(ids), device=ids_1T.device)[None]
-        keep = 1 if self._seen == 0 else len(ids)  # of a prompt only the last logits are of use, and all are large
-        self._seen += len(ids)
-        out = self._model(ids_1T, position_ids=position_1T, past_key_values=self._cache, logits_to_keep=keep)
-        logits_TV: Tensor = out.logits[0]
-        return logits_TV
+        self._alike = not any(self._masks) and len(set(lengths)) == 1
 
     @torch.inference_mode()
     def read(self, ids: list[int]) -> Tensor:
@@ -229,10 +245,26 @@ class Pressed:
             ids: N token ids.
 
         Returns:
-            (N + 1, V) logits: of the token after what was there, and after each of `ids`.
+            (N + 1, V) logits: of the token after what was there, and after each of `ids`. Where nothing was, (1, V): of
+            the token after `ids`.
+
+        Raises:
+            Unsuitable: the press could not compress the prompt, or its cache cannot be read.
         """
+        if self._failure:
+            raise Unsuitable(self._failure)
         for part in [ids] if ids and self._alike else [[token] for token in ids]:
-            self._logits += self._forward(part)
+            for layer, mask in zip(self._model.model.layers, self._masks, strict=True):
+                layer.self_attn.masked_key_indices = mask
+            ids_1T = torch.tensor([part], device=self._model.device)
+            position_1T = torch.arange(self._seen, self._seen + len(part), device=ids_1T.device)[None]
+            keep = len(part) if self._seen else 1
+            try:
+                out = self._model(ids_1T, position_ids=position_1T, past_key_values=self._cache, logits_to_keep=keep)
+            except Exception as error:
+                raise Unsuitable(f"cannot be read: {type(error).__name__}: {error}") from error
+            self._logits += out.logits[0]
+            self._seen += len(part)
         return torch.stack(self._logits[-len(ids) - 1 :])
 
     def forget(self, tokens: int) -> None:
@@ -243,8 +275,8 @@ class Pressed:
             self._seen -= tokens
 
     def nbytes(self, room: int) -> int:
-        """What the cache takes now, what AdaKV notes included, and with room for further tokens."""
+        """What the cache takes with room for tokens after the prompt, what AdaKV notes included."""
         held = [x for layer in self._cache.layers for x in (layer.keys, layer.values)]
         token: int = sum(x[:, :, :1].nbytes for x in held)
-        now: int = sum(x.nbytes for x in (*held, *self._masks))
-        return now + room * token
+        now: int = sum(x.nbytes for x in (*held, *(index for mask in self._masks for index in mask or ())))
+        return now + (room + 1 - len(self._logits)) * token

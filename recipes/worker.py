@@ -89,7 +89,7 @@ class Worker:
                 theirs = press_scores.evaluate(self._shared, question, mode=mode, presses=presses, room=ROOM)
                 row["results"] |= theirs.results
                 row["mebibytes"] |= theirs.mebibytes
-                row |= {"kept": theirs.kept, "versions": press_scores.versions()}
+                row |= {"kept": theirs.kept, "refused": theirs.refused, "versions": press_scores.versions()}
             yield row | {"seconds": round(time.perf_counter() - started, 2)}
 
 
