@@ -323,7 +323,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--question", nargs="+", choices=["seen", "unseen"], default=["seen"], help="while compressing")
     parser.add_argument("--prompts", type=int, default=24, help="questions per task")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--caches", nargs="+", default=CACHES, help="methods with options, e.g. headkv:beta=1.1")
+    parser.add_argument("--caches", nargs="*", default=CACHES, help="methods with options, e.g. headkv:beta=1.1")
     parser.add_argument(
         "--peers",
         nargs="+",
