@@ -14,7 +14,7 @@ from layers.budget import parse_budget
 from layers.cache.arena import ArenaCache
 from layers.cache.prompt import PromptPass
 from layers.compress.allocators import HeadImportance, LayerErrors, LayerPreference, LayerTopK, Pyramid, Uniform
-from layers.compress.refiners import ProjectedValues, projected_norms
+from layers.compress.refiners import ProjectedValues, norm_bounds, projected_norms
 from layers.compress.scorers import ExpectedAttention, KeyDifference, Observation, WindowAttention
 from layers.compress.sentences import SentenceEnds, spread_within_sentences
 from layers.linear import Linear
@@ -660,9 +660,35 @@ def test_a_second_look_chooses_some_by_score_and_weighs_the_rest(alpha, first):
     assert got.isposinf().sum(-1).tolist() == [first]
     for h, count in enumerate(first):
         assert set(got[0, h].topk(count).indices.tolist()) == set(score[0, h].topk(count).indices.tolist())
-    weighed = (score + 1e-4) * projected_norms(seen.v_BHSD, seen.out)
-    rest = got.isfinite()
-    torch.testing.assert_close(got[rest], weighed[rest])
+    weighed = ((score + 1e-4) * projected_norms(seen.v_BHSD, seen.out)).masked_fill(got.isposinf(), float("inf"))
+    looked_at = got > 0
+    torch.testing.assert_close(got[looked_at], weighed[looked_at])
+    for h, count in enumerate([7, 9]):
+        assert set(got[0, h].topk(count).indices.tolist()) == set(weighed[0, h].topk(count).indices.tolist())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("misled", [False, True])
+def test_tokens_that_are_not_looked_at_could_not_have_won(dtype, misled):
+    """One look is as wide as the largest budget, 20; where bounds are far from the norms, it takes many."""
+    torch.manual_seed(9)
+    E, out = 48, Linear(24, 48).requires_grad_(False)
+    torch.nn.init.normal_(out.weight)
+    seen, keep = observation([400], N=6, H=2, D=4, out=out), torch.tensor([[20, 12]])
+    if misled:  # every second value reaches one output only, for which the bound is sqrt(E) times the norm
+        out.weight[0, ::4], out.weight[1:, ::4] = 40, 0
+        seen.v_BHSD[:, :, ::2, 1:], seen.v_BHSD[:, :, 1::2, 0] = 0, 0
+    seen, out.weight = replace(seen, v_BHSD=seen.v_BHSD.to(dtype)), torch.nn.Parameter(out.weight.to(dtype), False)
+    norms, bounds = projected_norms(seen.v_BHSD, out), norm_bounds(seen.v_BHSD, out)
+    assert (norms <= bounds).all() and (bounds <= 1.02 * (3 * E) ** 0.5 * norms).all()
+    score = (0.5 + torch.rand(1, 2, 400)).masked_fill(seen.protected_BHS, float("inf"))
+    got = ProjectedValues(alpha=0.25)(score, keep, seen)
+    want = ((score + 1e-4) * norms).masked_fill(got.isposinf(), float("inf"))
+    assert got[got > 0].equal(want[got > 0]) or dtype is torch.bfloat16
+    for h, count in enumerate(keep[0].tolist()):
+        assert set(got[0, h].topk(count).indices.tolist()) == set(want[0, h].topk(count).indices.tolist())
+    looked_at = int((got > 0).sum(-1).max())
+    assert looked_at > 120 if misled else looked_at < 100
 
 
 def test_options_of_scores_and_budgets_go_together():
@@ -691,7 +717,14 @@ def test_a_calibration_without_what_a_method_needs_says_what_makes_it(spec, miss
     [
         ("snapkw", "choose from adakv, "),
         ("expected_attention", "no cache method is called 'expected_attention'"),
-        ("expected-attention:future=0", "future must be at least 1"),
+        ("expected-attention:future=0", "expected-attention:future=0: future must be from 1"),
+        ("expected-attention:future=1000000000", "future must be from 1 to 1,048,576, not 1000000000"),
+        ("snapkv:ahead=5,ahead=6", "snapkv: option ahead is given twice"),
+        ("snapkv:allocator=adakv,allocator=uniform", "option allocator is given twice"),
+        ("criticalkv+", "lacks a method on one side of the plus: .*as in criticalkv.snapkv"),
+        ("+snapkv", "lacks a method on one side of the plus: .*as in criticalkv.snapkv"),
+        ("headkv+criticalkv", "headkv is complete and changes no other .* as in criticalkv.snapkv"),
+        ("snapkv:allocator=adakv,alpha=2", "snapkv:allocator=adakv,alpha=2: alpha must be between 0 and 1, not 2.0"),
         ("expected-attention:epsilon=nan", "epsilon must be at least 0"),
         ("headkv:scores=layer_errors", "shares budgets out by heads"),
         ("criticalkv:alpha=1.5", "alpha must be between 0 and 1"),
@@ -703,13 +736,14 @@ def test_a_calibration_without_what_a_method_needs_says_what_makes_it(spec, miss
         ("snapkv+adakv", "snapkv is complete"),
         ("snapkv:pool=3", "no option"),
         ("snapkv:window=x", "takes int"),
+        ("snapkv:window", "snapkv: option window needs a value: write window=..."),
         ("snapkv:window=0", "window must be at least 1"),
         ("snapkv:rows=sum", "must be"),
         ("snapkv:preset=best", "no preset 'best': choose from published, tuned, adaptive"),
         ("snapkv:stop=word", "stop must be"),
         ("snapkv:always=4", "it needs stop=sentence"),
         ("snapkv:stop=sentence,pooling=mean", "stop=sentence needs pooling=max"),
-        ("snapkv:stop=sentence,always=-1", "always at least 0"),
+        ("snapkv:stop=sentence,always=-1", "always must be at least 0, not -1"),
         ("headkv:beta=0.5", "at least 1"),
         ("headkv:scores=r3", "kind 'r3'"),
         ("headkv:compat=maybe", "takes bool"),
@@ -724,7 +758,7 @@ def test_a_calibration_without_what_a_method_needs_says_what_makes_it(spec, miss
         ("snapkv:pooling=median", "pooling must be"),
         ("adakv:allocator", "no allocator ''"),
         ("tova:allocator=adakv", "tova has no option 'allocator=adakv': it takes none"),
-        ("h2o:ratio=1.5", "share of the budget between 0 and 1"),
+        ("h2o:ratio=1.5", "h2o:ratio=1.5: ratio must be a share of the budget between 0 and 1, not 1.5"),
         ("full:allocator=adakv", "full has no option 'allocator=adakv': it takes none"),
         ("snapkv:beta=2", "no option 'beta=2': write name=value with allocator, window"),
         ("headkv:allocator=adakv,beta=2", "with allocator, alpha, compat"),

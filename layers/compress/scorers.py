@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
@@ -15,6 +16,7 @@ from layers.compress.sentences import spread_within_sentences
 from layers.linear import Linear
 
 _TINY = 1e-10  # 0 ln 0 is 0
+_FARTHEST = 2**20  # beyond all contexts, and angles are still numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,14 +99,15 @@ class Observation:
         """
         if window not in self._moments:
             q_BWND, position_BW = self.last(window)
-            queries_B11 = (position_BW >= 0).sum(1)[:, None, None]
+            queries_B1 = (position_BW >= 0).sum(1, keepdim=True)
             heads = []
             for weight_BGWS in window_weights(q_BWND, self.k_BHSD, self.pos_BHS, position_BW, window=self.sliding):
-                mean_BGS = weight_BGWS.sum(2) / queries_B11.clamp(min=1)
-                off_BGS = weight_BGWS.square().sum(2) - queries_B11 * mean_BGS.square()
-                variance_BGS = off_BGS.clamp(min=0) / (queries_B11 - 1).clamp(min=1)
-                entropy_BGS = -((weight_BGWS + _TINY).log() * weight_BGWS).sum(2)
-                heads.append([x_BGS.mean(1) for x_BGS in (mean_BGS, variance_BGS, entropy_BGS)])
+                group = weight_BGWS.shape[1]
+                mean_BGS = weight_BGWS.sum(2) / queries_B1.clamp(min=1)[..., None]
+                entropy_BS = (weight_BGWS + _TINY).log_().mul_(weight_BGWS).sum((1, 2)) / -group
+                off_BS = weight_BGWS.square_().sum((1, 2)) - queries_B1 * mean_BGS.square().sum(1)
+                variance_BS = off_BS.clamp(min=0) / (queries_B1 - 1).clamp(min=1) / group
+                heads.append((mean_BGS.mean(1), variance_BS, entropy_BS))
             mean_BHS, variance_BHS, entropy_BHS = (torch.stack(x, dim=1) for x in zip(*heads, strict=True))
             self._moments[window] = Moments(mean_BHS=mean_BHS, variance_BHS=variance_BHS, entropy_BHS=entropy_BHS)
         return self._moments[window]
@@ -299,7 +302,10 @@ class VaryingAttention:
 
     def __post_init__(self) -> None:
         if self.window < 1 or not 0 <= self.gamma < float("inf") or self.pool < 1 or self.pool % 2 == 0:
-            raise ValueError(f"window must be at least 1, gamma at least 0 and finite, pool odd: {self}")
+            raise ValueError(
+                "window must be at least 1, gamma at least 0 and finite, pool odd, "
+                f"not {self.window}, {self.gamma} and {self.pool}"
+            )
 
     def __call__(self, seen: Observation) -> Tensor:
         """Score by attention and its variance."""
@@ -425,13 +431,13 @@ class ExpectedAttention:
 
     Args:
         sinks: first tokens of the sequence, whose queries are not like others and do not count.
-        future: positions to come that rotations are averaged over, >= 1.
+        future: positions to come that rotations are averaged over, 1 to 2**20.
         epsilon: added to the expected attention before it is multiplied.
         use_vnorm: multiply by the value's length.
         compat: the published code: the first tokens do not share in the softmax.
 
     Raises:
-        ValueError: `future` is below 1, **or** `epsilon` is not a number from 0 on.
+        ValueError: `future` is out of range, **or** `epsilon` is not a number from 0 on.
 
     Source:
         Devoto et al., Expected Attention, 2025.
@@ -451,52 +457,47 @@ class ExpectedAttention:
     compat: bool = False
 
     def __post_init__(self) -> None:
-        if self.future < 1:
-            raise ValueError(f"future must be at least 1, not {self.future}")
+        if not 1 <= self.future <= _FARTHEST:
+            raise ValueError(f"future must be from 1 to {_FARTHEST:,}, not {self.future}")
         if not 0 <= self.epsilon < float("inf"):
             raise ValueError(f"epsilon must be at least 0, not {self.epsilon}")
 
     def __call__(self, seen: Observation) -> Tensor:
         """Score by expected attention."""
         (_, _, N, D), (B, H, S) = seen.q_BTND.shape, seen.pos_BHS.shape
-        counted_BT = (seen.position_BT >= self.sinks).float()
-        count_B1 = counted_BT.sum(1, keepdim=True).clamp(min=1)
-        q_BTND = apply_rope(seen.q_BTND.float(), *self._turn(seen, counted_BT))
-        mean_BND = q_BTND.sum(1) / count_B1[..., None]
-        apart_BTND = q_BTND.addcmul_(counted_BT[..., None, None], mean_BND[:, None], value=-1)
+        counted_BT1 = (seen.position_BT >= self.sinks)[..., None].float()
+        count_B11 = counted_BT1.sum(1, keepdim=True).clamp(min=1)
+        q_BTND = apply_rope(seen.q_BTND.float(), *self._turn(seen, counted_BT1))
         next_B11 = seen.pos_BHS.amax((1, 2))[:, None, None] + 1
         hidden_BHS = seen.pos_BHS < (self.sinks if self.compat else 0)
         if seen.sliding is not None:
             hidden_BHS |= seen.pos_BHS <= next_B11 - seen.sliding
         score_BHS = torch.empty(B, H, S, dtype=torch.float32, device=seen.k_BHSD.device)
         for head in range(H):
-            group, k_BSD = slice(head * N // H, (head + 1) * N // H), seen.k_BHSD[:, head].float()
-            apart_BGTD = apart_BTND[:, :, group].transpose(1, 2)
-            covariance_BGDD = apart_BGTD.mT @ apart_BGTD / count_B1[..., None, None]
-            spread_BSGD = (k_BSD @ covariance_BGDD.transpose(1, 2).flatten(2)).unflatten(2, (-1, D))
-            logit_BSG = k_BSD @ mean_BND[:, group].mT / D**0.5
-            logit_BSG += torch.einsum("bsgd,bsd->bsg", spread_BSGD, k_BSD) / (2 * D)
+            q_BTGD = q_BTND[:, :, head * N // H : (head + 1) * N // H]
+            mean_BGD = (counted_BT1.mT @ q_BTGD.flatten(2)).view(B, -1, D) / count_B11
+            apart_BGTD = q_BTGD.addcmul_(counted_BT1[..., None], mean_BGD[:, None], value=-1).transpose(1, 2)
+            covariance_BGDD = apart_BGTD.mT @ apart_BGTD / count_B11[..., None]
+            k_BSD = seen.k_BHSD[:, head].float().contiguous()
+            spread_BGSD = (k_BSD[:, None] @ covariance_BGDD).mul_(k_BSD[:, None])
+            logit_BGS = spread_BGSD.sum(-1) / (2 * D) + mean_BGD @ k_BSD.mT / D**0.5
             # The lowest number rather than -inf: where nothing is visible, no NaN.
-            logit_BSG = logit_BSG.masked_fill(hidden_BHS[:, head, :, None], torch.finfo(torch.float32).min)
-            score_BHS[:, head] = logit_BSG.softmax(1).mean(2)
+            logit_BGS.masked_fill_(hidden_BHS[:, head, None], torch.finfo(torch.float32).min)
+            score_BHS[:, head] = logit_BGS.softmax(-1).mean(1)
         if self.use_vnorm:
             score_BHS = (score_BHS + self.epsilon) * torch.linalg.vector_norm(seen.v_BHSD.float(), dim=-1)
         return score_BHS.masked_fill(seen.pos_BHS < 0, 0)
 
-    def _turn(self, seen: Observation, counted_BT: Tensor) -> tuple[Tensor, Tensor]:
+    def _turn(self, seen: Observation, counted_BT1: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine (B, T, d) that turn a query back to position 0 and on by the average turn to come.
 
         Both are 0 for queries that do not count.
         """
         if seen.frequencies_Bd is None:
             raise ValueError("expected attention turns queries back: give PromptPass `frequencies_Bd`")
-        next_B1 = seen.pos_BHS.amax((1, 2))[:, None] + 1
-        to_come_BF = next_B1 + torch.arange(self.future, device=next_B1.device)
-        ahead_BFd = to_come_BF[..., None].float() * seen.frequencies_Bd[:, None]
-        cos_B1d, sin_B1d = (x.mean(1, keepdim=True) for x in (ahead_BFd.cos(), ahead_BFd.sin()))
-        angle_BTd, counted_BT1 = (
-            seen.position_BT[..., None].float() * seen.frequencies_Bd[:, None],
-            counted_BT[..., None],
-        )
-        back_cos_BTd, back_sin_BTd = angle_BTd.cos() * counted_BT1, angle_BTd.sin() * counted_BT1
-        return cos_B1d * back_cos_BTd + sin_B1d * back_sin_BTd, sin_B1d * back_cos_BTd - cos_B1d * back_sin_BTd
+        f_B1d, next_B1 = seen.frequencies_Bd[:, None], seen.pos_BHS.amax((1, 2))[:, None] + 1
+        # The mean of turns by 0, f, 2 f ... is one turn, half as far as the last of them, and a factor.
+        distance_BT1 = (next_B1 - seen.position_BT)[..., None] + (self.future - 1) / 2
+        factor_B1d = torch.sinc(f_B1d * (self.future / math.tau)) / torch.sinc(f_B1d / math.tau)
+        angle_BTd, length_BTd = distance_BT1 * f_B1d, factor_B1d * counted_BT1
+        return angle_BTd.cos() * length_BTd, angle_BTd.sin() * length_BTd

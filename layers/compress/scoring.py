@@ -41,8 +41,9 @@ class Scoring:
     pooling: Literal["max", "mean"] = "max"
 
     def __post_init__(self) -> None:
-        if self.window < 1 or min(self.ahead, self.behind, self.always) < 0:
-            raise ValueError(f"window must be at least 1, ahead, behind and always at least 0: {self}")
+        for name, least in (("window", 1), ("ahead", 0), ("behind", 0), ("always", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
         for name in ("rows", "group", "pooling"):
             if getattr(self, name) not in ("mean", "max"):
                 raise ValueError(f'{name} must be "mean" or "max", not {getattr(self, name)!r}')

@@ -53,8 +53,8 @@ def build_method(spec: str, importance: Mapping[str, Tensor] | None = None) -> M
         The method.
 
     Raises:
-        ValueError: no such method or allocator, **or** no such option, **or** an option's value cannot be read, **or**
-            scores or budgets need importance that is not given.
+        ValueError: no such method or allocator, **or** no such option, **or** an option is given twice, **or** its
+            value cannot be read or is out of range, **or** scores or budgets need importance that is not given.
 
     Example:
         >>> build_method("snapkv:window=16").scorer.window
@@ -64,15 +64,34 @@ def build_method(spec: str, importance: Mapping[str, Tensor] | None = None) -> M
     """
     outer, plus, inner = spec.partition("+")
     name, _, tail = outer.partition(":")
+    if plus and not (outer and inner):
+        raise ValueError(f"{spec!r} lacks a method on one side of the plus: write {_CHANGED}")
     if name not in method_names():
         raise ValueError(f"no cache method is called {name!r}: choose from {', '.join(method_names())}")
     module = _module(name)
     if hasattr(module, "wrap"):
         changed = build_method(inner if plus else module.CHANGES, importance)
-        method: Method = module.wrap(changed, **_read_options(name, tail, _option_types(module.wrap)))
-        return method
+        options = _read_options(name, tail, _option_types(module.wrap))
+        return _made(outer, lambda: module.wrap(changed, **options))
     if plus:
-        raise ValueError(f"{name} is complete and changes no other method: {spec!r} makes no sense")
+        raise ValueError(f"{name} is complete and changes no other method: instead of {spec!r}, write {_CHANGED}")
+    return _made(outer, lambda: _build(name, tail, importance or {}))
+
+
+_CHANGED = "what changes before what is changed, as in criticalkv+snapkv or kvsharer+headkv"
+
+
+def _made(spec: str, make: Callable[[], Method]) -> Method:
+    """Make a method; who refuses a number need not know of what it is an option, so this says it."""
+    try:
+        return make()
+    except ValueError as error:
+        known = str(error).startswith(spec.partition(":")[0])
+        raise ValueError(f"{error}" if known else f"{spec}: {error}") from None
+
+
+def _build(name: str, tail: str, importance: Mapping[str, Tensor]) -> Method:
+    module = _module(name)
     parameters = inspect.signature(module.build).parameters
     allocate = _allocate(name, tail)
     types = _option_types(module.build)
@@ -83,7 +102,7 @@ def build_method(spec: str, importance: Mapping[str, Tensor] | None = None) -> M
 
     arguments: dict[str, object] = {key: value for key, value in options.items() if key in types}
     if "importance" in parameters:
-        arguments["importance"] = importance or {}
+        arguments["importance"] = importance
     if scoring_types:
         preset = options.get("preset")
         if preset is not None and preset not in module.PRESETS:
@@ -93,9 +112,9 @@ def build_method(spec: str, importance: Mapping[str, Tensor] | None = None) -> M
     if allocate:
         chosen = {k: v for k, v in options.items() if k in allocator_types and k != "allocator"}
         if _takes_importance(allocate):
-            chosen["importance"] = importance or {}
+            chosen["importance"] = importance
         arguments["allocator"] = partial(allocate, **chosen)
-    method = module.build(**arguments)
+    method: Method = module.build(**arguments)
     return method
 
 
@@ -153,9 +172,13 @@ def _read_options(method: str, text: str, types: Mapping[str, str]) -> dict[str,
     options: dict[str, Any] = {}
     for item in filter(None, text.split(",")):
         key, equals, value = item.partition("=")
-        if key not in types or not equals:
+        if key in types and not equals:
+            raise ValueError(f"{method}: option {key} needs a value: write {key}=...")
+        if key not in types:
             known = f"write name=value with {', '.join(types)}" if types else "it takes none"
             raise ValueError(f"{method} has no option {item!r}: {known}")
+        if key in options:
+            raise ValueError(f"{method}: option {key} is given twice in {text!r}: write it once")
         try:
             options[key] = _READERS.get(types[key], str)(value)
         except (ValueError, KeyError):

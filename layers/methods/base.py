@@ -34,6 +34,7 @@ class Method:
             included; otherwise they replace the oldest generated one.
         evict: new tokens replace the worst one, by attention, so that a region holds its budget at every step; None if
             they replace the oldest.
+        attention: scores are of attention: at least 0, and in proportion to what queries take from a token.
         sentences: the scorer has to know where sentences end.
         default_budget: tokens per KV head when the user names none; None for a method that keeps everything.
         refine: scores a layer's tokens anew once each head's budget is known; None where one look is enough.
@@ -51,6 +52,7 @@ class Method:
     recent: int = 1
     ring_over_prompt: bool = False
     evict: ReplaceWorst | None = None
+    attention: bool = False
     sentences: bool = False
     default_budget: int | None = 128
     refine: Refiner | None = None
@@ -185,6 +187,7 @@ def observing(
         paper=paper,
         summary=summary,
         scorer=scorer or scoring.scorer,
+        attention=True,
         allocator=allocator(protected=scoring.protected),
         sinks=scoring.sinks,
         recent=scoring.recent,

@@ -82,6 +82,7 @@ def build(
         name="cake",
         paper="CAKE, arXiv 2503.12491",
         summary="as snapkv, but the layers compete for the budget",
+        attention=True,
         scorer=VaryingAttention(window=window, gamma=gamma, pool=pool),
         allocator=allocator(protected=sinks + recent),
         sinks=sinks,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from layers.compress.refiners import ProjectedValues
-from layers.compress.scorers import KeyDifference, Position
 from layers.methods.base import Method
 
 CHANGES = "snapkv"
@@ -41,7 +40,7 @@ def wrap(method: Method, *, alpha: float = 0.5) -> Method:
     """
     if method.refine is not None:
         raise ValueError(f"{method.name} looks twice at its tokens already: write criticalkv once")
-    if isinstance(method.scorer, Position | KeyDifference):
+    if not method.attention:
         raise ValueError(
             f"criticalkv weighs attention by values, and {method.name} does not score by attention: "
             "choose another method, as in criticalkv+snapkv"

@@ -33,7 +33,7 @@ def build(
         allocator: budgets.
         sinks: first tokens, which are always kept and whose queries do not count.
         recent: last tokens that are always kept, >= 1.
-        future: positions to come over which rotations are averaged, >= 1.
+        future: positions to come over which rotations are averaged, 1 to 2**20.
         epsilon: 0 as published, 0.01 where the paper lets heads compete (`allocator=adakv`).
         use_vnorm: multiply by the length of the value.
         compat: the published code: the softmax leaves out the first tokens, which changes how a group's heads count.
@@ -50,6 +50,7 @@ def build(
         name="expected-attention",
         paper="Expected Attention, arXiv 2510.00636",
         summary="what queries like those so far will attend to, whatever is asked",
+        attention=True,
         scorer=ExpectedAttention(sinks=sinks, future=future, epsilon=epsilon, use_vnorm=use_vnorm, compat=compat),
         allocator=allocator(protected=sinks + recent),
         sinks=sinks,

@@ -25,6 +25,9 @@ def build(*, allocator: Allocate = uniform, ratio: float = 0.5) -> Method:
         allocator: budgets.
         ratio: share of a budget that the last tokens have, 0 to 1; half, as published.
 
+    Raises:
+        ValueError: the ratio is not between 0 and 1.
+
     Source:
         Zhang et al., H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models, NeurIPS
         2023.
@@ -33,10 +36,13 @@ def build(*, allocator: Allocate = uniform, ratio: float = 0.5) -> Method:
         >>> build().evict.recent_share
         0.5
     """
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"ratio must be a share of the budget between 0 and 1, not {ratio}")
     return Method(
         name="h2o",
         paper="H2O, arXiv 2306.14048",
         summary="what all queries so far attended to most, and recent tokens",
+        attention=True,
         scorer=AttentionSums(),
         allocator=allocator(protected=1),
         recent=0,

@@ -28,6 +28,7 @@ def build() -> Method:
         name="tova",
         paper="TOVA, arXiv 2401.06104",
         summary="what the latest query attends to, in all heads of a layer",
+        attention=True,
         scorer=LayerMean(scorer=WindowAttention(window=1, ahead=0, behind=0)),
         allocator=Uniform(),
         recent=0,
