@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from checkpoints.resolve import ALIASES, DEFAULT_MODEL
+from kernels import native
 from tests import tiny_chat
 from zoo import chat, generate
 
@@ -32,7 +33,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A good checkpoint in two formats, and good scores."""
+    """A good checkpoint in two formats, and good scores; operators are built before anybody watches a home."""
+    native.load()
     place = tmp_path_factory.mktemp("bad")
     tiny_chat.write(place / "good", max_position_embeddings=CONTEXT)
     tiny_chat.write_gguf(place / "good.gguf")
