@@ -50,8 +50,8 @@ def window_scores(
         (B, H, S) fp32.
 
     Raises:
-        ValueError: `rows` or `group` is neither "mean" nor "max"; a number is too small; a shape, dtype or device does
-            not fit; on a GPU, a head dimension above 256.
+        ValueError: `rows` or `group` is neither "mean" nor "max"; a number is too small; no query; a shape, dtype or
+            device does not fit; on a GPU, a head dimension above 256.
 
     Source:
         Li et al., SnapKV, 2024, section 4 (mean up to a constant: published code sums).
@@ -70,6 +70,8 @@ def window_scores(
             raise ValueError(f"{name} is {number}, it must be at least {least}")
     check("q_BWND", q_BWND, shape=(None,) * 4)
     B, W, N, D = q_BWND.shape
+    if not W:
+        raise ValueError("q_BWND has no queries: let at least one observe")
     check("k_BHSD", k_BHSD, shape=(B, None, None, D), dtype=[q_BWND.dtype], like=q_BWND)
     H, S = k_BHSD.shape[1:3]
     check_groups("q_BWND", N, "k_BHSD", H)
@@ -85,8 +87,8 @@ def window_scores(
         protected_BHS,
         rows == "max",
         group == "max",
-        ahead,
-        behind,
+        min(ahead, S),
+        min(behind, S),
         min(window or 0, MOST_SLOTS),
     )
     return score_BHS

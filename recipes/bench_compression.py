@@ -42,11 +42,14 @@ def measure(loaded: Loaded, *, tokens: int, caches: list[str], budget: int, roun
         rounds: how many; one more goes first and does not count.
 
     Raises:
-        ValueError: as `build_method`; a prompt without room for its question.
+        ValueError: as `build_method`; a budget below what a cache always keeps; a prompt without room for its question.
         CheckpointError: no usable head importance.
     """
     importance = head_importance(loaded, None) if any(map(needs_importance, caches)) else None
     methods = {cache: build_method(cache, importance) for cache in caches}
+    for cache, method in methods.items():
+        if method.default_budget is not None and budget < method.protected:
+            raise ValueError(f"{cache} always keeps {method.protected} tokens: raise --budget from {budget}")
     questions = make_questions(
         loaded.tokenizer, loaded.chat, split="tune", task="prose", tokens=tokens, count=rounds + 1, seed=0
     )
@@ -84,8 +87,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="json file for the seconds of every round")
     args = parser.parse_args(argv)
     try:
-        if args.rounds < 1:
-            raise ValueError(f"--rounds must be at least 1, not {args.rounds}")
+        for name in ("rounds", "threads", "budget", "tokens"):
+            if (value := getattr(args, name)) is not None and value < 1:
+                raise ValueError(f"--{name} must be at least 1, not {value}")
         commit = machine.commit()
         if args.threads:
             torch.set_num_threads(args.threads)

@@ -139,7 +139,7 @@ def bad_options(place: Path, rng: random.Random) -> Iterator[Case]:
     bad_methods += ["snapkv:allocator=snapkv", "full:allocator=adakv", "adakv:alpha=2", "keydiff:preset=tuned"]
     bad_methods += ["compresskv:heads=0", "snapkv:allocator=compresskv,ceiling=0"]
     bad_methods += ["criticalkv+", "criticalkv+keydiff", "criticalkv:alpha=2", "expected_attention", "snapkv+adakv"]
-    bad_methods += ["+snapkv", "headkv+criticalkv", "h2o:ratio=1.5", "snapkv:ahead=5,ahead=6"]
+    bad_methods += ["+snapkv", "headkv+criticalkv", "h2o:ratio=1.5", "snapkv:ahead=5,ahead=6", f"snapkv:ahead={big}"]
     bad_methods += [f"expected-attention:future={big}", "expected-attention:future=1048577"]
     bad_methods += ["cake:pool=4", "cake:tau1=0", "cake:gamma=nan", "snapkv:allocator=cake,window=0"]
     wrong = {

@@ -791,3 +791,13 @@ def test_what_a_method_looks_at_must_be_given(spec, missing):
     chunk = PromptPass(ArenaCache(shape, "cpu"), build_method(spec), keep_BLH=keep, room=[1], new_tokens=[50])
     with pytest.raises(ValueError, match=f"give PromptPass `{missing}`"):
         chunk.attend(torch.tensor([0]), x, x, x, None)
+
+
+def test_a_layers_total_holds_however_many_tokens_are_protected():
+    """As with h2o, half of whose budget is, while its allocator is told of one token."""
+    score_BHS = torch.rand(2, 3, 40)
+    score_BHS[..., -10:] = torch.inf
+    keep_BH, filled_BHS = torch.full((2, 3), 20), torch.ones(2, 3, 40, dtype=torch.bool)
+    for alpha in (0.0, 0.2, 1.0):
+        shared_BH = LayerTopK(alpha=alpha, protected=1).share(keep_BH, score_BHS, filled_BHS)
+        assert shared_BH.sum(1).tolist() == [60, 60] and (shared_BH >= 10).all()

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 
 from kernels import decode_blocks, few_rows_linear, native, ragged_append, ragged_decode, rms_norm, rope, silu_mul
 from kernels.few_rows_linear import few_rows_linear as product
+from kernels.window_scores import cases as window_cases
+from kernels.window_scores import window_scores
 from layers import linear
 from layers.attention import Attention
 from layers.block import Block
@@ -948,3 +950,15 @@ def test_what_would_be_read_wrongly_is_refused():
             op.few_rows_linear(torch.zeros(x), torch.zeros(weight), None, None)
     with pytest.raises(RuntimeError):
         op.silu_mul(torch.ones(2, 5))
+
+
+def test_windows_at_the_edges():
+    (q, k, pos, position, protected, *_), where = list(window_cases())[2].make(torch.float32), {"rows": "mean"}
+    where |= {"group": "mean", "protected_BHS": protected}
+    with torch.inference_mode():
+        far = window_scores(q, k, pos, position, **where, ahead=10**30, behind=10**30)
+        assert torch.equal(far, window_scores(q, k, pos, position, **where, ahead=k.shape[2], behind=k.shape[2]))
+        with pytest.raises(ValueError, match="q_BWND has no queries"):
+            window_scores(q[:, :0], k, pos, position[:, :0], **where, ahead=0, behind=0)
+        nobody = torch.ops.headkv.window_scores(q[:, :0], k, pos, position[:, :0], protected, False, False, 0, 0, 0)
+    assert torch.equal(nobody, torch.zeros(k.shape[:3]))

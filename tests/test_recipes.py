@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import recipes.bench_compression as bench_compression
 import recipes.calibrate_heads as calibrate_heads
 import recipes.leaderboard as leaderboard
 import recipes.perplexity as perplexity
@@ -287,7 +288,7 @@ def test_replay_equals_the_engine(loaded: Loaded, importance: Path, spec: str, q
 
 @pytest.fixture
 def command_line(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> Loaded:
-    for module in (calibrate_heads, worker, plot_heads):
+    for module in (bench_compression, calibrate_heads, worker, plot_heads):
         monkeypatch.setattr(module, "load", lambda name, *, dtype, device="cpu": replace(loaded, name=name))
     return loaded
 
@@ -501,6 +502,27 @@ def test_evaluation_adds_what_is_missing_and_makes_a_table(
     output.write_text(output.read_text() + "{}\n")
     assert leaderboard.main([*arguments, "--caches", "keydiff"]) == 2
     assert "out.jsonl, line 25: not a row with results" in capsys.readouterr().err
+
+
+def test_compression_is_timed_beside_its_prefill(
+    command_line: Loaded, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out.json"
+    arguments = ["--model", "some", "--tokens", "180", "--rounds", "2", "--threads", str(torch.get_num_threads())]
+    arguments += ["--dtype", "float32", "--budget", "40", "--output", str(output)]
+    assert bench_compression.main([*arguments, "--caches", "snapkv", "h2o"]) == 0
+    made = json.loads(output.read_text())
+    assert {name: len(values) for name, values in made["seconds"].items()} == {"prefill": 2, "snapkv": 2, "h2o": 2}
+    assert all(value > 0 for values in made["seconds"].values() for value in values)
+    assert "--budget 40" in made["command"] and "| `h2o` |" in capsys.readouterr().out
+    for wrong, message in (
+        (["--budget", "8"], "snapkv always keeps 32 tokens: raise --budget from 8"),
+        (["--budget", "0"], "--budget must be at least 1, not 0"),
+        (["--threads", "0"], "--threads must be at least 1, not 0"),
+        (["--caches", "kvsharer"], "cannot be replayed"),
+    ):
+        assert bench_compression.main([*arguments, "--caches", "snapkv", *wrong]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_the_shipped_scores_are_those_of_the_default_model() -> None:

@@ -35,7 +35,7 @@ class Head {
  public:
   Head(const Observation& o, const int32_t* position)
       : o_(o), position_(position), groups_((o.places + kLanes - 1) / kLanes), stride_(groups_ * kLanes), row_((groups_ | 1) * kLanes) {
-    part_ = (o.queries + kParts * kTogether - 1) / (kParts * kTogether) * kTogether;
+    part_ = std::max<int64_t>(1, (o.queries + kParts * kTogether - 1) / (kParts * kTogether)) * kTogether;
     parts_ = (o.queries + part_ - 1) / part_;
     q_.resize(o.group * o.queries * o.head_dim), keys_.resize(stride_ * o.head_dim);
     at_.resize(stride_), oldest_.resize(groups_), newest_.resize(groups_), full_.resize(groups_);
@@ -139,7 +139,7 @@ class Head {
         if (!of_all) hide(first, count, group, weight);
         for (int64_t j = 0; j < count; j++) {
           const Floats one = *reinterpret_cast<Floats*>(weight + j * row_ + group * kLanes);
-          most[j] = one < most[j] ? most[j] : one;  // what is NaN all over stays so
+          most[j] = one < most[j] ? most[j] : one;  // a NaN is found by the mass, unless all are
         }
       }
     }

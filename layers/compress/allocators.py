@@ -387,7 +387,8 @@ class LayerTopK:
         free_B1 = (budget_B1 - self.protected).clamp(min=0)
         floor_B1 = (self.alpha * free_B1.double()).floor().long()
         protected_BH, held_BH = (score_BHS.isposinf() & filled_BHS).sum(-1), filled_BHS.sum(-1)
-        safe_BH, total_B1 = protected_BH + floor_B1, keep_BH.sum(1, keepdim=True)
+        safe_BH = torch.maximum(protected_BH, torch.minimum(protected_BH + floor_B1, budget_B1))
+        total_B1 = keep_BH.sum(1, keepdim=True)
         if self.compat:
             safe_BH, total_B1 = protected_BH, protected_BH.sum(1, keepdim=True) + free_B1 * H
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from layers.compress.scorers import Observation
 from layers.linear import Linear
 
+_FIRST = 64  # values that are looked at at first, at least: fewer cost as much
+
 _BLOCK, _BLOCK_OF_16_BITS = 1 << 18, 1 << 21
 """Numbers that are projected at once: 1 MiB of fp32 stays in a processor's cache; products of fewer bits, which pack
 the weights anew every time, had better be few."""
@@ -45,8 +47,9 @@ class ProjectedValues:
     best). The others have (score + epsilon) times the mean over the head's group of |V_j W_O|_1.
 
     To project every value takes as much arithmetic as the layer's output projection. So tokens are looked at in the
-    order of a bound of their worth, as many at once as the largest budget has, until the next bound is below the worst
-    token that would be kept. The others get 0, and the same tokens are kept as if all had been looked at.
+    order of a bound of their worth, at first as many as the largest budget has, until the next bound is below the worst
+    token that would be kept. The others get 0, and the same tokens are kept as if all had been looked at (but for
+    values whose squares fp32 cannot hold).
 
     Args:
         alpha: share of the budget that is filled by score alone, 0 to 1; 1 leaves the method as it is.
@@ -91,17 +94,17 @@ class ProjectedValues:
         bound_BHS = (worth_BHS * norm_bounds(seen.v_BHSD, seen.out)).masked_fill(sure_BHS | empty_BHS, 0)
         bound_BHS, order_BHS = bound_BHS.sort(dim=-1, descending=True)
         refined_BHS = torch.zeros_like(score_BHS)
-        most = min(int(keep_BH.max()), S)  # here the host waits
-        for start in range(0, S, most):
-            place_BHC = order_BHS[..., start : start + most]
+        most, looked = min(int(keep_BH.max()), S), 0  # here the host waits
+        while True:
+            place_BHC = order_BHS[..., looked : looked + max(looked, most, _FIRST)]  # each look doubles what was seen
             v_BHCD = seen.v_BHSD.gather(2, place_BHC[..., None].expand(-1, -1, -1, D))
             weighed_BHC = worth_BHS.gather(-1, place_BHC) * projected_norms(v_BHCD, seen.out)
             refined_BHS.scatter_(-1, place_BHC, weighed_BHC)
             refined_BHS.masked_fill_(empty_BHS, 0).masked_fill_(sure_BHS, float("inf"))
             last_BH1 = refined_BHS.topk(most).values.gather(-1, keep_BH.clamp(max=most)[..., None] - 1)
-            if not (bound_BHS[..., start + most :][..., :1] > last_BH1).any():  # and here
-                break
-        return refined_BHS
+            looked += place_BHC.shape[-1]
+            if not (bound_BHS[..., looked : looked + 1] > last_BH1).any():  # and here
+                return refined_BHS
 
 
 def norm_bounds(v_BHSD: Tensor, out: Linear) -> Tensor:

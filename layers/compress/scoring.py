@@ -7,17 +7,19 @@ from typing import Literal
 
 from layers.compress.scorers import WindowAttention
 
+MOST = 4096  # tokens that windows and pooling reach: far beyond any use, and their work is bounded
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scoring:
     """How tokens are scored and which are kept whatever their score.
 
     Args:
-        window: last queries that observe, >= 1.
+        window: last queries that observe, 1 to 4096.
         rows: "mean" or "max" over the observing queries.
         group: "mean" or "max" over the query heads of a KV head.
-        ahead: tokens after a hot one that share its score.
-        behind: tokens before a hot one that share its score.
+        ahead: tokens after a hot one that share its score, up to 4096.
+        behind: tokens before a hot one that share its score, up to 4096.
         stop: "sentence" if scores do not spread beyond a sentence's end; otherwise "none".
         always: tokens after a hot one that share its score even if a sentence ends in between.
         sinks: first tokens of the sequence that are always kept.
@@ -42,8 +44,8 @@ class Scoring:
 
     def __post_init__(self) -> None:
         for name, least in (("window", 1), ("ahead", 0), ("behind", 0), ("always", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+            if not least <= getattr(self, name) <= MOST:
+                raise ValueError(f"{name} must be from {least} to {MOST:,}, not {getattr(self, name)}")
         for name in ("rows", "group", "pooling"):
             if getattr(self, name) not in ("mean", "max"):
                 raise ValueError(f'{name} must be "mean" or "max", not {getattr(self, name)!r}')

@@ -10,6 +10,9 @@ from layers.methods.base import Allocate, Method
 def build(*, allocator: Allocate = uniform, sinks: int = 4, positions: str = "absolute") -> Method:
     """Keep the first `sinks` tokens and the most recent ones; a token j is kept iff j < sinks or j >= n - (C - sinks).
 
+    So it is after a prompt of n tokens. Generated tokens first fill the room that was planned for them, as with every
+    method, and only then take the places of the oldest: C counts the prompt's tokens, a region holds C and the room.
+
     With positions "in-cache", as published, a query at place i of its region sees the token at place j at distance
     i - j, so a stream never leaves the distances that a model was trained for. Between recent tokens these are the
     distances in the text; sinks are turned before each query. One thing differs: a prompt is attended to in one piece
