@@ -2,13 +2,13 @@
 
     python -m recipes.compare headkv snapkv:preset=tuned
 
-McNemar's test asks how often a fair coin would divide those answers as unevenly. The likelihood of the gold answer says
-more about fewer prompts, as it differs everywhere.
+McNemar's test asks how often a fair coin would divide those answers as unevenly. Where answers can be right in part, as
+RULER's, it counts who has more of each and not by how much, and so is a sign test. The likelihood of the gold answer
+says more about fewer prompts, as it differs everywhere.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Iterable
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.leaderboard import SCORES, Pooled, bootstrap, parts, pool, read_scores
+from zoo import cli
 
 
 def mcnemar(one: int, other: int) -> float:
@@ -68,7 +69,11 @@ def tables(rows: Iterable[dict[str, Any]], a: str, b: str) -> str:
     for (tokens, question), part in parts(rows).items():
         cells = pool(part)
         names |= {cache for _, cache in cells}
-        budgets = sorted(budget for budget, cache in cells if cache == a and (budget, b) in cells)
+        budgets = sorted(
+            budget
+            for budget, cache in cells
+            if cache == a and (budget, b) in cells and cells[budget, a].results.keys() & cells[budget, b].results.keys()
+        )
         if budgets:
             lines += ["", f"## {tokens:,} tokens, question {question}", ""]
             lines += ["| tokens per KV head | prompts | only A right | only B right | p (McNemar) | NLL, A - B |"]
@@ -77,23 +82,23 @@ def tables(rows: Iterable[dict[str, Any]], a: str, b: str) -> str:
     if unknown := {a, b} - names:
         raise ValueError(f"no row has {' or '.join(sorted(unknown))}; there are {', '.join(sorted(names))}")
     if not lines:
-        raise ValueError(f"{a} and {b} have no budget in common")
+        raise ValueError(f"{a} and {b} have no prompt in common at a budget that both have")
     head = [
-        f"A is `{a}`, B `{b}`. An answer that is right in part counts for who has more of it. NLL: nats per token",
-        "of the gold answer, negative where A is better, with a 95 % bootstrap interval over prompts. p is not",
-        "corrected for how many comparisons are looked at.",
+        f"A is `{a}`, B `{b}`. An answer that is right in part counts for who has more of it, by however little: p is",
+        "then that of a sign test. NLL: nats per token of the gold answer, negative where A is better, with a 95 %",
+        "bootstrap interval over prompts. p is not corrected for how many comparisons are looked at.",
     ]
     return "\n".join([*head, *lines]) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m recipes.compare", description=__doc__.splitlines()[0])
+    parser = cli.Parser(prog="python -m recipes.compare", description=__doc__.splitlines()[0])
     parser.add_argument("a", metavar="A", help="cache, as its rows name it")
     parser.add_argument("b", metavar="B", help="cache to compare it with")
     parser.add_argument("--scores", type=Path, default=SCORES, help="jsonl file of recipes.leaderboard")
-    args = parser.parse_args(argv)
     try:
+        args = parser.parse_args(argv)
         print(tables(read_scores(args.scores), args.a, args.b), end="")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -20,9 +20,10 @@ import functools
 import hashlib
 import json
 import math
+import os
 import shlex
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from recipes import cluster, press_scores
 from recipes.needles import TASKS as NEEDLES
 from recipes.questions import TASKS, Question, make_questions
 from recipes.worker import Job, Worker, load_model, make_worker
-from zoo import Loaded, machine
+from zoo import Loaded, cli, machine
 from zoo.load import head_importance
 
 CACHES = ["headkv", "headkv:preset=published,beta=1.1", "snapkv", "snapkv:preset=tuned", "streaming"]
@@ -49,6 +50,9 @@ PEERS_NOTE = [
 ]
 
 KEY = ("model", "dtype", "template_sha256", "importance_sha256", "sharing_sha256")  # what rows must share to be one run
+RESULT = ("results", "prompt_sha256")  # what a row must have to be added to
+SCORE = (*RESULT, "model", "dtype", "split", "seed", "tokens", "question", "task", "kind", "index", "depth")
+SCORE += ("mebibytes", "commit", "command")  # and to be shown
 SCORES = Path(__file__).with_name("results") / "leaderboard.jsonl"
 
 
@@ -100,8 +104,7 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
         *(f"    {command}" for command in sorted({row["command"] for row in rows})),
     ]
     for (tokens, question), part in parts(rows).items():
-        cells = pool(part)
-        full = cells.pop((tokens, "full"))
+        full, cells = pool_beside_full(part)
         tasks, kinds = (" ".join(dict.fromkeys(row[name] for row in part)) for name in ("task", "kind"))
         lines += ["", f"## {tokens:,} tokens, question {question}, {len(full.results)} questions", ""]
         lines += [f"| tokens per KV head | MiB | cache | accuracy | of full | ΔNLL | {tasks} | {kinds} |"]
@@ -140,6 +143,19 @@ def pool(rows: Iterable[dict[str, Any]]) -> dict[tuple[int, str], Pooled]:
                 cell = cells.setdefault((int(budget), cache), Pooled(row["mebibytes"][cache][budget]))
                 cell.add(row, score, nll)
     return cells
+
+
+def pool_beside_full(rows: Sequence[dict[str, Any]]) -> tuple[Pooled, dict[tuple[int, str], Pooled]]:
+    """`pool`, the full cache apart.
+
+    Raises:
+        ValueError: the full cache lacks a prompt that another has.
+    """
+    cells = pool(rows)
+    full = cells.pop((rows[0]["tokens"], "full"), Pooled(0))
+    if missing := {row["prompt_sha256"] for row in rows} - full.results.keys():
+        raise ValueError(f"there is no row of the full cache for {len(missing)} prompts, e.g. {min(missing)}")
+    return full, cells
 
 
 class Pooled:
@@ -203,23 +219,49 @@ class Pooled:
         return f"| {' | '.join(cells)} |"
 
 
-def read_rows(path: Path, columns: tuple[str, ...] = ("results", "prompt_sha256")) -> list[dict[str, Any]]:
+def read_rows(path: Path, columns: tuple[str, ...] = RESULT) -> list[dict[str, Any]]:
     """Rows of a results file, each with at least some columns; none if there is no file.
 
     Raises:
         ValueError: a line is no row; says which.
     """
+    return _rows(path, path.read_bytes() if path.exists() else b"", columns)
+
+
+def _rows(path: Path, text: bytes, columns: tuple[str, ...]) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
+    for number, line in enumerate(text.splitlines(), start=1):
         try:
             row = json.loads(line)
-            for column in columns:
-                row[column]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(
-                f"{path}, line {number}: not a row with {' and '.join(columns)}; mend or remove it"
-            ) from None
+        except ValueError:
+            row = None
+        if lacking := [column for column in columns if not isinstance(row, dict) or column not in row]:
+            raise ValueError(f"{path}, line {number}: not a row with {' and '.join(lacking)}; mend or remove it")
         rows.append(row)
+    return rows
+
+
+def resume(path: Path) -> list[dict[str, Any]]:
+    """Rows of a file that more are to be added to; a last line that a kill cut off is dropped from the file.
+
+    Raises:
+        ValueError: another line is no row; says which.
+    """
+    text = path.read_bytes() if path.exists() else b""
+    whole = text[: text.rfind(b"\n") + 1]
+    last = text[len(whole) :]
+    try:
+        json.loads(last or b"{}")
+        cut = False
+    except ValueError:
+        cut = last.startswith(b"{")
+    rows = _rows(path, whole if cut else text, RESULT)  # a file that is not ours is refused before it is changed
+    if cut:
+        os.truncate(path, len(whole))
+        print(f"{path}: the last line was cut off and is dropped; its question is asked again", file=sys.stderr)
+    elif last:
+        with path.open("ab") as file:
+            file.write(b"\n")
     return rows
 
 
@@ -227,14 +269,22 @@ def read_scores(path: Path) -> list[dict[str, Any]]:
     """Rows that can be told together.
 
     Raises:
-        ValueError: there are none, a line is damaged, or they are of several models, dtypes or splits.
+        ValueError: there are none, a line is damaged, or they are of several runs or sets of prompts.
     """
-    rows = read_rows(path)
+    rows = read_rows(path, SCORE)
     if not rows:
         raise ValueError(f"there are no rows in {path}: python -m recipes.leaderboard makes them")
-    for name in ("model", "dtype", "split"):
-        if len(found := {row[name] for row in rows}) > 1:
+    for name in (*KEY, "split", "seed"):
+        if len(found := {str(row.get(name)) for row in rows}) > 1:  # old rows lack what was not there to be set
             raise ValueError(f"{path} mixes {' and '.join(sorted(found))} in {name}: give each a file of its own")
+    prompts: dict[tuple[Any, ...], str] = {}
+    for row in rows:
+        place = tuple(row[name] for name in ("tokens", "task", "index"))
+        if prompts.setdefault(place, row["prompt_sha256"]) != row["prompt_sha256"]:
+            raise ValueError(
+                f"{path} mixes sets of prompts: question {row['index']} of {row['task']} at {row['tokens']} tokens is "
+                "not always the same, as with different --prompts: give each a file of its own"
+            )
     return rows
 
 
@@ -260,7 +310,8 @@ def run(loaded: Loaded, args: argparse.Namespace, origin: dict[str, Any]) -> lis
             )
         )
     ]
-    rows = read_rows(args.output)
+    _check_room(loaded, asked)
+    rows = resume(args.output)
 
     def done(tokens: int, mode: str, question: Question) -> list[dict[str, Any]]:
         key = {name: origin.get(name) for name in KEY}
@@ -295,6 +346,18 @@ def run(loaded: Loaded, args: argparse.Namespace, origin: dict[str, Any]) -> lis
     return [row for tokens, _, question in asked for mode in args.question for row in done(tokens, mode, question)]
 
 
+def _check_room(loaded: Loaded, asked: Iterable[tuple[int, int, Question]]) -> None:
+    """Refuse prompts that leave no room for their answer in what the model was trained for."""
+    most = loaded.config.max_position
+    for tokens, _, question in asked:
+        needed = len(question.context) + len(question.question) + question.room
+        if needed > most:
+            raise ValueError(
+                f"--tokens {tokens}: a prompt of {question.task} takes {needed} tokens with its answer, {loaded.name} "
+                f"was trained for {most}: lower --tokens"
+            )
+
+
 def _sha256(file: Path | None) -> str | None:
     return hashlib.sha256(file.read_bytes()).hexdigest() if file else None
 
@@ -315,13 +378,14 @@ def _settled(row: dict[str, Any], cache: str) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m recipes.leaderboard", description=__doc__.splitlines()[0])
+    count = cli.whole_number(1)
+    parser = cli.Parser(prog="python -m recipes.leaderboard", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m", help="alias, directory, .gguf file or hub id")
     parser.add_argument("--split", choices=["tune", "test"], default="tune")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(NEEDLES))
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2000], help="prompt lengths")
+    parser.add_argument("--tokens", type=count, nargs="+", default=[2000], help="prompt lengths")
     parser.add_argument("--question", nargs="+", choices=["seen", "unseen"], default=["seen"], help="while compressing")
-    parser.add_argument("--prompts", type=int, default=24, help="questions per task")
+    parser.add_argument("--prompts", type=count, default=24, help="questions per task")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--caches", nargs="*", default=CACHES, help="methods with options, e.g. headkv:beta=1.1")
     parser.add_argument(
@@ -331,11 +395,14 @@ def main(argv: list[str] | None = None) -> int:
         metavar="PEER",
         help="kvpress for its presses, or presses by name, e.g. kvpress:snapkv or 'kvpress:snapkv(window_size=32)'",
     )
-    parser.add_argument("--budgets", type=int, nargs="+", default=[32, 64, 128, 256], help="tokens per KV head")
+    parser.add_argument("--budgets", type=count, nargs="+", default=[32, 64, 128, 256], help="tokens per KV head")
     parser.add_argument("--importance", type=Path, help="head-importance file (default: the one that ships)")
     parser.add_argument("--sharing", type=Path, help="layers that share, for kvsharer (default: what ships)")
     parser.add_argument(
-        "--verify", type=int, default=0, help="prompts per task to run through the engines themselves too"
+        "--verify",
+        type=cli.whole_number(0),
+        default=0,
+        help="prompts per task that go through the engines too",
     )
     parser.add_argument(
         "--output", type=Path, required=True, help="jsonl file, a row per prompt; what it has already is not done again"
@@ -343,11 +410,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--table", type=Path, help="Markdown file for the table, which is always printed")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, help="CPU threads, with --engine ray of each worker")
+    parser.add_argument("--threads", type=cli.whole_number(1, 1024), help="CPU threads, with --engine ray per worker")
     parser.add_argument("--engine", choices=["local", "ray"], default="local", help="ray: questions over a Ray cluster")
-    parser.add_argument("--workers", type=int, help="with --engine ray (default: as many as the cluster has room for)")
-    args = parser.parse_args(argv)
+    parser.add_argument("--workers", type=count, help="with --engine ray (default: as many as the cluster holds)")
     try:
+        args = parser.parse_args(argv)
+        for path in filter(None, (args.output, args.table)):
+            if path.is_dir() or not path.parent.is_dir():
+                raise ValueError(f"{path} cannot be written: give a file in a folder that exists")
         args.peers = press_scores.names(args.peers)
         commit = machine.commit()  # before the long part, during which the tree may change
         if args.engine == "ray":

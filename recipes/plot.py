@@ -8,7 +8,6 @@ needs no other file.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import html
 import sys
@@ -16,12 +15,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes.leaderboard import pool, read_rows
+from recipes.leaderboard import pool_beside_full, read_rows, read_scores
+from zoo import cli
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DEPTHS = 5
+SPEED = ("model", "dtype", "batch", "contender", "cache", "budget", "context", "threads", "machine")
+SPEED += ("decode_ms", "decode_ms_p10", "decode_ms_p90")  # what a row of bench_peers must have to be shown
 MARKERS = "osD^v<>PX*phd"
 
 
@@ -48,8 +50,7 @@ def quality(rows: list[dict[str, Any]]) -> Figure:
     Args:
         rows: of `recipes.leaderboard`, all of one length and one way of asking.
     """
-    cells, first = pool(rows), rows[0]
-    full = cells.pop((first["tokens"], "full"))
+    (full, cells), first = pool_beside_full(rows), rows[0]
     scores: dict[str, float] = {}
     for (_, cache), cell in cells.items():
         scores[cache] = scores.get(cache, 0) + cell.right
@@ -159,16 +160,19 @@ def figures(scores: Path | None, peers: Path | None, budget: int) -> Iterator[tu
     """All pictures that the files have numbers for, with their names.
 
     Raises:
-        ValueError: a line of a file is no row; says which.
+        ValueError: a file has no rows, a line that is none (says which), or rows that cannot be told together.
     """
-    rows = read_rows(scores) if scores else []
+    rows = read_scores(scores) if scores else []
     for question in sorted({row["question"] for row in rows}):
         asked = [row for row in rows if row["question"] == question]
         for tokens in sorted({row["tokens"] for row in asked}):
             yield f"quality_{tokens}_{question}", quality([row for row in asked if row["tokens"] == tokens])
         yield f"depths_{budget}_{question}", depths(asked, budget)
     if peers:
-        yield "speed", speed(read_rows(peers, ("contender", "decode_ms")))
+        measured = read_rows(peers, SPEED)
+        if not measured:
+            raise ValueError(f"there are no rows in {peers}: python -m recipes.bench_peers makes them")
+        yield "speed", speed(measured)
 
 
 def page(pictures: dict[str, Path]) -> str:
@@ -185,13 +189,15 @@ def page(pictures: dict[str, Path]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m recipes.plot", description=__doc__.splitlines()[0])
+    parser = cli.Parser(prog="python -m recipes.plot", description=__doc__.splitlines()[0])
     parser.add_argument("--scores", type=Path, help="jsonl file of recipes.leaderboard")
     parser.add_argument("--peers", type=Path, help="jsonl file of recipes.bench_peers")
-    parser.add_argument("--budget", type=int, default=64, help="tokens per KV head in the picture of depths")
+    parser.add_argument(
+        "--budget", type=cli.whole_number(1), default=64, help="tokens per KV head in the picture of depths"
+    )
     parser.add_argument("--output", type=Path, default=Path("plots"), help="folder for the pictures and report.html")
-    args = parser.parse_args(argv)
     try:
+        args = parser.parse_args(argv)
         if not (args.scores or args.peers):
             raise ValueError("there is nothing to plot: give --scores or --peers")
         for path in filter(None, (args.scores, args.peers)):

@@ -7,7 +7,6 @@ writes `leaderboard.md` and `quality_*.png` beside the rows, and README between 
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import sys
@@ -16,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from recipes import leaderboard, plot
-from recipes.leaderboard import SCORES, parts, pool, read_scores
+from recipes.leaderboard import SCORES, parts, pool_beside_full, read_scores
 from recipes.needles import TASKS as NEEDLES
+from zoo import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 SECTION = re.compile(r"(?<=<!-- quality: begin -->\n).*(?=<!-- quality: end -->)", re.DOTALL)
@@ -36,8 +36,7 @@ def quality(rows: Sequence[dict[str, Any]], pictures: str) -> str:
     """
     blocks = []
     for (tokens, question), part in needles(rows).items():
-        cells = pool(part)
-        full = cells.pop((tokens, "full"))
+        full, cells = pool_beside_full(part)
         budgets = sorted({budget for budget, _ in cells})
         lines = []
         for cache in {cache for _, cache in cells}:
@@ -89,11 +88,11 @@ def texts(scores: Path, readme: Path) -> dict[Path, str]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m recipes.report", description=__doc__.splitlines()[0])
+    parser = cli.Parser(prog="python -m recipes.report", description=__doc__.splitlines()[0])
     parser.add_argument("--scores", type=Path, default=SCORES, help="jsonl file of recipes.leaderboard")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="file with the quality comments")
-    args = parser.parse_args(argv)
     try:
+        args = parser.parse_args(argv)
         for path, text in texts(args.scores, args.readme).items():
             path.write_text(text)
         for (tokens, question), part in needles(read_scores(args.scores)).items():

@@ -25,6 +25,7 @@ def needles(tmp_path):
             "dtype": "float32",
             "split": "tune",
             "seed": 0,
+            "index": index,
             "commit": "abc",
             "command": "python -m recipes.leaderboard",
             "task": "noise",
@@ -145,7 +146,7 @@ def test_two_caches_are_compared_on_the_prompts_that_both_have(needles, capsys):
 
     def add(tokens, index, **results):
         mebibytes = {name: dict.fromkeys(budgets, 3.0) for name, budgets in results.items()}
-        prompt = {"tokens": tokens, "prompt_sha256": f"{tokens}/{index}"}
+        prompt = {"tokens": tokens, "index": index, "prompt_sha256": f"{tokens}/{index}"}
         rows.append(first | prompt | {"results": results, "mebibytes": mebibytes})
 
     for index in range(10):
@@ -155,7 +156,9 @@ def test_two_caches_are_compared_on_the_prompts_that_both_have(needles, capsys):
         add(300, index, a={"64": [0.5, 0.6 + 0.2 * index]}, headkv={"64": [0.25, 0.5]})
     needles.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert compare.main(arguments) == 0
-    lines = capsys.readouterr().out.splitlines()
+    text = capsys.readouterr().out
+    lines = text.splitlines()
+    assert "sign test" in text
     assert [line for line in lines if line.startswith(("## ", "| 1", "| 3", "| 6"))] == [
         "## 100 tokens, question seen",
         "| 32 | 10 | 8 | 1 | 0.039 | +0.100 [+0.100, +0.100] |",
@@ -167,9 +170,78 @@ def test_two_caches_are_compared_on_the_prompts_that_both_have(needles, capsys):
 def test_what_cannot_be_compared_is_said(needles, tmp_path, capsys):
     for names, message in (
         (("headkv", "nobody"), "no row has nobody; there are full, headkv"),
-        (("headkv", "full"), "no budget in common"),
+        (("headkv", "full"), "no prompt in common at a budget that both have"),
     ):
         assert compare.main([*names, "--scores", str(needles)]) == 2
         assert message in capsys.readouterr().err
     assert compare.main(["headkv", "full", "--scores", str(tmp_path / "none.jsonl")]) == 2
     assert "no rows in" in capsys.readouterr().err
+
+
+def changed(needles, **changes):
+    """Change the last row, or remove what is None."""
+    *lines, last = needles.read_text().splitlines()
+    row = {name: value for name, value in {**json.loads(last), **changes}.items() if value is not None}
+    needles.write_text("".join(line + "\n" for line in (*lines, json.dumps(row))))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": "bfloat16"}, "mixes bfloat16 and float32 in dtype"),
+        ({"seed": 1}, "mixes 0 and 1 in seed"),
+        ({"template_sha256": "t"}, "mixes None and t in template_sha256"),
+        ({"importance_sha256": "i"}, "mixes None and i in importance_sha256"),
+        ({"sharing_sha256": "s"}, "mixes None and s in sharing_sha256"),
+        ({"index": 4}, "question 4 of noise at 200 tokens is not always the same, as with different --prompts"),
+        ({"model": None, "question": None}, "line 24: not a row with model and question"),
+    ],
+)
+def test_rows_that_cannot_be_told_together_are_refused(needles, tmp_path, capsys, changes, message):
+    readme = tmp_path / "README.md"
+    readme.write_text(README)
+    changed(needles, **changes)
+    scores = ["--scores", str(needles)]
+    commands = [
+        (plot, [*scores, "--output", str(tmp_path / "out")]),
+        (report, [*scores, "--readme", str(readme)]),
+        (compare, ["headkv", "full", *scores]),
+    ]
+    for module, arguments in commands:
+        assert module.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert message in error and len(error.splitlines()) == 1
+
+
+def test_old_rows_that_lack_what_could_not_be_set_yet_are_told_with_new_ones(needles, capsys):
+    rows = report.read_scores(needles)
+    needles.write_text("".join(json.dumps({**row, "sharing_sha256": None}) + "\n" for row in rows[:5]))
+    with needles.open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows[5:])
+    assert len(report.read_scores(needles)) == len(rows)
+
+
+def test_files_that_hold_nothing_to_show_are_refused(needles, tmp_path, capsys):
+    empty, out = tmp_path / "empty.jsonl", ["--output", str(tmp_path / "out")]
+    empty.write_text("")
+    for option in ("--scores", "--peers"):
+        assert plot.main([option, str(empty), *out]) == 2
+        assert "no rows in" in capsys.readouterr().err
+    needles.write_bytes(needles.read_bytes() + b"\xff\xfe\n")
+    assert plot.main(["--scores", str(needles), *out]) == 2
+    assert "line 25: not a row" in capsys.readouterr().err
+    changed_results = json.loads(needles.read_bytes().splitlines()[0])
+    del changed_results["results"]["full"]
+    needles.write_text(json.dumps(changed_results) + "\n")
+    assert plot.main(["--scores", str(needles), *out]) == 2
+    assert "no row of the full cache for 1 prompts, e.g. 100/0" in capsys.readouterr().err
+
+
+def test_caches_without_a_prompt_in_common_are_not_compared(needles, capsys):
+    rows = report.read_scores(needles)
+    for row in rows:
+        name = "a" if row["index"] < 3 else "b"
+        row["results"], row["mebibytes"] = ({name: of["headkv"]} for of in (row["results"], row["mebibytes"]))
+    needles.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert compare.main(["a", "b", "--scores", str(needles)]) == 2
+    assert "no prompt in common" in capsys.readouterr().err

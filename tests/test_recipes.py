@@ -525,6 +525,60 @@ def test_compression_is_timed_beside_its_prefill(
         assert message in capsys.readouterr().err
 
 
+def test_prompts_that_the_model_cannot_hold_are_refused(
+    command_line: Loaded, importance: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    output, most = tmp_path / "out.jsonl", command_line.config.max_position
+    arguments = [*NEEDLES, "--tasks", "noise", "--output", str(output), "--caches"]
+    made = make_questions(Words(), CHAT, split="test", task="noise", tokens=most, count=3, seed=7)
+    assert max(len(q.context) + len(q.question) for q in made) <= most  # the answer is what has no room
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "Record", None)
+        assert leaderboard.main([*arguments, "--tokens", str(LENGTH), str(most)]) == 2
+    assert re.search(rf"--tokens {most}: .* with its answer, .* trained for {most}: lower", capsys.readouterr().err)
+    assert not output.exists()
+    room = max(q.room for q in made)
+    assert room < worker.ROOM and leaderboard.main([*arguments, "--tokens", str(most - room)]) == 0
+
+
+def test_a_line_that_a_kill_cut_off_is_asked_again(
+    command_line: Loaded, importance: Path, tmp_path: Path, capsys: Any
+) -> None:
+    output = tmp_path / "out.jsonl"
+    arguments = [*NEEDLES, "--tasks", "noise", "--caches", "streaming", "--output", str(output)]
+    assert leaderboard.main(arguments) == 0
+    whole = output.read_text()
+    results = [json.loads(line)["results"] for line in whole.splitlines()]
+    for left, noted in ((whole[:-40], True), (whole[:-1], False)):  # in mid-row, or before its end of line
+        output.write_text(left)
+        capsys.readouterr()
+        assert leaderboard.main(arguments) == 0
+        assert ("the last line was cut off and is dropped" in capsys.readouterr().err) is noted
+        assert [json.loads(line)["results"] for line in output.read_text().splitlines()] == results
+    for damaged in ("not ours", whole.replace("{", "", 1)[:-40], '{\n  "other": 1\n}', '{"other": 1}'):
+        output.write_text(damaged)
+        assert leaderboard.main(arguments) == 2
+        assert "line 1: not a row" in capsys.readouterr().err and output.read_text() == damaged
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        *(([f"--{name}", "0"], f"--{name}: '0' is not") for name in ("prompts", "budgets", "threads", "tokens")),
+        (["--threads", "-1"], "--threads: '-1' is not a whole number"),
+        (["--output", "/tmp/nodir/x"], "/tmp/nodir/x cannot be written"),
+        (["--table", "/tmp/nodir/x"], "/tmp/nodir/x cannot be written"),
+    ],
+)
+def test_a_leaderboard_that_cannot_be_made_is_refused_before_a_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any, wrong: list[str], message: str
+) -> None:
+    monkeypatch.setattr(leaderboard, "load_model", None)
+    assert leaderboard.main(["--output", str(tmp_path / "out.jsonl"), *wrong]) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1
+
+
 def test_the_shipped_scores_are_those_of_the_default_model() -> None:
     file = Path(__file__).parents[1] / "zoo" / "importance" / "smollm2-135m.json"
     config = SimpleNamespace(num_layers=30, num_heads=9)
