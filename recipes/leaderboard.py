@@ -51,8 +51,22 @@ PEERS_NOTE = [
 
 KEY = ("model", "dtype", "template_sha256", "importance_sha256", "sharing_sha256")  # what rows must share to be one run
 RESULT = ("results", "prompt_sha256")  # what a row must have to be added to
-SCORE = (*RESULT, "model", "dtype", "split", "seed", "tokens", "question", "task", "kind", "index", "depth")
-SCORE += ("mebibytes", "commit", "command")  # and to be shown
+SCORE = (
+    *RESULT,
+    "model",
+    "dtype",
+    "split",
+    "seed",
+    "tokens",
+    "question",
+    "task",
+    "kind",
+    "index",
+    "depth",
+    "mebibytes",
+    "commit",
+    "command",
+)  # and to be told
 SCORES = Path(__file__).with_name("results") / "leaderboard.jsonl"
 
 
@@ -156,6 +170,39 @@ def pool_beside_full(rows: Sequence[dict[str, Any]]) -> tuple[Pooled, dict[tuple
     if missing := {row["prompt_sha256"] for row in rows} - full.results.keys():
         raise ValueError(f"there is no row of the full cache for {len(missing)} prompts, e.g. {min(missing)}")
     return full, cells
+
+
+def common_budgets(cells: Mapping[tuple[int, str], Pooled], tokens: int) -> set[int]:
+    """Budgets that every cache has which has any; none in common may be left.
+
+    Args:
+        cells: of `pool`.
+        tokens: length of the prompts, which is the budget of a cache that keeps everything.
+    """
+    found: dict[str, set[int]] = {}
+    for budget, cache in cells:
+        if budget != tokens:
+            found.setdefault(cache, set()).add(budget)
+    return set.intersection(*found.values()) if found else set()
+
+
+def best_first(full: Pooled, cells: Mapping[tuple[int, str], Pooled], tokens: int) -> list[str]:
+    """Caches by accuracy, then likelihood: means over the budgets that all have, or else over those that each has.
+
+    Args:
+        full: the full cache.
+        cells: of the others, see `pool`.
+        tokens: length of the prompts.
+    """
+    common = common_budgets(cells, tokens)
+
+    def loss(cache: str) -> tuple[float, float, str]:
+        line = {budget: cell for (budget, name), cell in cells.items() if name == cache}
+        told = [cell for budget, cell in line.items() if budget in common] or list(line.values())
+        wrong = sum(1 - cell.accuracy()[0] for cell in told) / len(told)
+        return round(wrong, 9), sum(cell.more_nll(full)[0] for cell in told) / len(told), cache
+
+    return sorted({cache for _, cache in cells}, key=loss)
 
 
 class Pooled:

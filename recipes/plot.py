@@ -15,15 +15,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes.leaderboard import pool_beside_full, read_rows, read_scores
+from recipes.leaderboard import best_first, pool_beside_full, read_rows, read_scores
 from zoo import cli
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DEPTHS = 5
-SPEED = ("model", "dtype", "batch", "contender", "cache", "budget", "context", "threads", "machine")
-SPEED += ("decode_ms", "decode_ms_p10", "decode_ms_p90")  # what a row of bench_peers must have to be shown
+TIMES = ("decode_ms", "decode_ms_p10", "decode_ms_p90")
+SPEED = ("model", "dtype", "batch", "contender", "cache", "budget", "context", "threads", "machine", *TIMES)
 MARKERS = "osD^v<>PX*phd"
 
 
@@ -51,10 +51,7 @@ def quality(rows: list[dict[str, Any]]) -> Figure:
         rows: of `recipes.leaderboard`, all of one length and one way of asking.
     """
     (full, cells), first = pool_beside_full(rows), rows[0]
-    scores: dict[str, float] = {}
-    for (_, cache), cell in cells.items():
-        scores[cache] = scores.get(cache, 0) + cell.right
-    caches = sorted(scores, key=lambda cache: -scores[cache])
+    caches = best_first(full, cells, first["tokens"])
     figure = _figure(14, 6.5)
     left, right = figure.subplots(1, 2)
     for number, cache in enumerate(caches):
@@ -64,7 +61,8 @@ def quality(rows: list[dict[str, Any]]) -> Figure:
         for axes, values in ((left, [c.accuracy() for c in line]), (right, [c.more_nll(full) for c in line])):
             middle, low, high = zip(*values, strict=True)
             dashes = "--" if cache.startswith("kvpress:") else "-"
-            axes.plot(sizes, middle, label=cache, linewidth=1.4, linestyle=dashes, **_style(number))
+            hides = " (hides tokens, frees none)" if cache.startswith("kvpress:adakv") else ""
+            axes.plot(sizes, middle, label=cache + hides, linewidth=1.4, linestyle=dashes, **_style(number))
             axes.vlines(sizes, low, high, color=_style(number)["color"], alpha=0.35, linewidth=1)
     left.axhline(full.accuracy()[0], color="black", linestyle=":", label="full")
     right.axhline(0, color="black", linestyle=":")

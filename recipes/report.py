@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes import leaderboard, plot
-from recipes.leaderboard import SCORES, parts, pool_beside_full, read_scores
+from recipes.leaderboard import SCORES, best_first, common_budgets, parts, pool_beside_full, read_scores
 from recipes.needles import TASKS as NEEDLES
 from zoo import cli
 
@@ -24,12 +24,13 @@ SECTION = re.compile(r"(?<=<!-- quality: begin -->\n).*(?=<!-- quality: end -->)
 OPEN = 8  # caches that a table shows without being unfolded
 
 
-def quality(rows: Sequence[dict[str, Any]], pictures: str) -> str:
-    """README's tables: right answers and likelihoods by cache and budget, the best caches first.
+def quality(rows: Sequence[dict[str, Any]], pictures: str, table: str) -> str:
+    """README's tables: right answers and likelihoods by cache and budget, the best caches first; see `best_first`.
 
     Args:
         rows: of `recipes.leaderboard`.
         pictures: folder of the pictures, from where README is.
+        table: the file with all intervals, from there too.
 
     Returns:
         Markdown, a table for each length of prompts and way of asking; what is not among the best is folded.
@@ -38,20 +39,22 @@ def quality(rows: Sequence[dict[str, Any]], pictures: str) -> str:
     for (tokens, question), part in needles(rows).items():
         full, cells = pool_beside_full(part)
         budgets = sorted({budget for budget, _ in cells})
-        lines = []
-        for cache in {cache for _, cache in cells}:
+        size = max(common_budgets(cells, tokens), default=max(budgets, default=tokens))
+        ranked = []
+        for cache in best_first(full, cells, tokens):
             line = [cells.get((budget, cache)) for budget in budgets]
-            right = sum(cell.right for cell in line if cell)
-            more = sum(cell.more_nll(full)[0] for cell in line if cell)
+            sized = cells.get((size, cache)) or cells.get((tokens, cache))
             mark = " †" if cache.startswith("kvpress:") else ""
-            briefs = " | ".join(cell.brief(full) if cell else "" for cell in line)
-            lines.append((-right, more, f"| `{cache}`{mark} | {briefs} |"))
-        ranked = [text for *_, text in sorted(lines)]
+            briefs = (cell.brief(full) if cell else "" for cell in line)
+            mebibytes = f"{sized.mebibytes:.1f}" if sized else ""
+            ranked.append(f"| `{cache}`{mark} | {' | '.join([*briefs, mebibytes])} |")
         names = ("all" if budget == tokens else f"{budget:,}" for budget in budgets)
-        head = [f"| `--cache` | {' | '.join(names)} |", "|---" * (1 + len(budgets)) + "|"]
+        head = [f"| `--cache` | {' | '.join(names)} | MiB at {size:,} |", "|---" * (2 + len(budgets)) + "|"]
+        asked = len(full.results)
         blocks += [
-            f"**{tokens:,} tokens, question {question}**; the full cache has {full.right:g} of {len(full.results)} "
-            f"right ([picture]({pictures}/{picture(tokens, question)})):",
+            f"**{tokens:,} tokens, question {question}**; the full cache has {full.right:g} of {asked} right in "
+            f"{full.mebibytes:.1f} MiB ([picture]({pictures}/{picture(tokens, question)})). 95 % intervals: "
+            f"{interval(asked // 2, asked)}, {interval(round(full.right), asked)} ([all]({table})):",
             "",
             *(*head, *ranked[:OPEN], ""),
         ]
@@ -60,6 +63,17 @@ def quality(rows: Sequence[dict[str, Any]], pictures: str) -> str:
     if any("†" in line for line in blocks):
         blocks += ["† A press of kvpress. A question that it has not seen stays whole, on top of these tokens.", ""]
     return "\n".join([*blocks, ""])
+
+
+def interval(right: int, asked: int) -> str:
+    """Right answers with the share that they can stand for.
+
+    Example:
+        >>> interval(20, 40)
+        '20 of 40 right is 35 to 65 %'
+    """
+    low, high = leaderboard.wilson(right, asked)
+    return f"{right} of {asked} right is {100 * low:.0f} to {100 * high:.0f} %"
 
 
 def needles(rows: Sequence[dict[str, Any]]) -> dict[tuple[int, str], list[dict[str, Any]]]:
@@ -79,11 +93,12 @@ def texts(scores: Path, readme: Path) -> dict[Path, str]:
         ValueError: rows are missing, damaged or of several runs that do not compare; README lacks the comments.
     """
     rows = read_scores(scores)
-    section = quality(rows, os.path.relpath(scores.parent, readme.parent))
+    table = scores.with_suffix(".md")
+    section = quality(rows, *(os.path.relpath(path, readme.parent) for path in (scores.parent, table)))
     text, count = SECTION.subn(lambda _: section, readme.read_text())
     if count != 1:
         raise ValueError(f"{readme} needs the lines <!-- quality: begin --> and <!-- quality: end --> for its tables")
-    return {readme: text, scores.with_suffix(".md"): leaderboard.table(rows)}
+    return {readme: text, table: leaderboard.table(rows)}
 
 
 def main(argv: list[str] | None = None) -> int:

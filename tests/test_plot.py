@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import recipes.compare as compare
+import recipes.leaderboard as leaderboard
 import recipes.plot as plot
 import recipes.report as report
 
@@ -104,20 +105,46 @@ def test_the_report_writes_tables_and_pictures(needles, tmp_path):
     assert text.startswith("Text.\n<!-- quality: begin -->\n**100 tokens, question seen**; the full cache has 6 of 6")
     assert text.endswith("<!-- quality: end -->\nMore.\n") and "old" not in text
     table, folded = text.split("<details><summary>1 more</summary>")
+    assert table.splitlines()[2].endswith(
+        " in 3.0 MiB ([picture](./quality_100_seen.png)). 95 % intervals: 3 of 6 right is 19 to 81 %, "
+        "6 of 6 right is 61 to 100 % ([all](needles.md)):"
+    )
     assert table.splitlines()[4:9] == [
-        "| `--cache` | 32 | 64 | 128 |",
-        "|---|---|---|---|",
-        "| `headkv` | 3, +0.40 | 5/5, +0.10 |  |",
-        "| `kvpress:tova` † |  |  | 6, +0.00 |",
-        "| `none0` | 0, +8.90 |  |  |",
+        "| `--cache` | 32 | 64 | 128 | MiB at 128 |",
+        "|---|---|---|---|---|",
+        "| `kvpress:tova` † |  |  | 6, +0.00 | 3.0 |",
+        "| `headkv` | 3, +0.40 | 5/5, +0.10 |  |  |",
+        "| `none0` | 0, +8.90 |  |  |  |",
     ]
-    assert folded.count("| `none6` |") == 1 and folded.count("| `headkv` | 3, +0.40 | 6, +0.10 |") == 3
+    assert folded.count("| `none6` |") == 1 and folded.count("| `headkv` | 3, +0.40 | 6, +0.10 | 2.0 |") == 3
     assert "† A press of kvpress" in folded
     assert needles.with_suffix(".md").read_text().count("## ") == 4
     pictures = {f"quality_{n}_{q}.png" for q in ("seen", "unseen") for n in (100, 200)}
     assert {path.name for path in tmp_path.glob("*.png")} == pictures and all(f"/{name})" in text for name in pictures)
     readme.write_text(text.replace("3, +0.40", "4, +0.40"))
     assert report.texts(needles, readme)[readme] == text  # how tests/test_readme.py finds a number that was edited
+
+
+def test_caches_are_ranked_by_the_budgets_that_all_have(needles):
+    """One that was asked at more budgets, or refused at some, is not better or worse for it."""
+    rows = [row for row in report.read_scores(needles) if row["tokens"] == 100 and row["question"] == "seen"]
+    right = {
+        "many": {"32": 0, "64": 0.6, "92": 1, "128": 1},
+        "kvpress:adakv": {"64": 0.8},
+        "few": {"32": 1, "64": 0.7},
+        "everything": {"100": 0.65},
+    }
+    for row in rows:
+        row["results"] = {name: {b: [x, 1] for b, x in line.items()} for name, line in right.items()}
+        row["results"]["full"] = {"100": [1, 0.1]}
+        row["mebibytes"] = {name: dict.fromkeys(line, 1.0) for name, line in row["results"].items()}
+    full, cells = leaderboard.pool_beside_full(rows)
+    assert leaderboard.best_first(full, cells, 100) == ["kvpress:adakv", "few", "everything", "many"]
+    labels = [line.get_label() for line in plot.quality(rows).axes[0].lines[:2]]
+    assert labels == ["kvpress:adakv (hides tokens, frees none)", "few"]
+    del cells[64, "kvpress:adakv"]
+    cells[16, "kvpress:adakv"] = cells[32, "many"]
+    assert leaderboard.best_first(full, cells, 100) == ["few", "everything", "many", "kvpress:adakv"]
 
 
 def test_reports_that_cannot_be_made_say_why(needles, tmp_path, capsys):
