@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import html
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,10 +89,10 @@ def quality(rows: list[dict[str, Any]]) -> Figure:
 
 
 def depths(rows: list[dict[str, Any]], budget: int) -> Figure:
-    """Accuracy by depth of the needle, a line of cells per cache and length of prompt.
+    """Accuracy by depth of the needle and length of the prompt, a panel per cache.
 
     Args:
-        rows: of `recipes.leaderboard`, all of one way of asking.
+        rows: of `recipes.leaderboard`, all of one way of asking, with needles among them.
         budget: tokens per KV head.
     """
     cells: dict[tuple[str, int], list[list[int]]] = {}
@@ -101,19 +102,31 @@ def depths(rows: list[dict[str, Any]], budget: int) -> Figure:
             if wanted in by_budget and row["depth"] is not None:
                 line = cells.setdefault((cache, row["tokens"]), [[] for _ in range(DEPTHS)])
                 line[min(int(row["depth"] * DEPTHS), DEPTHS - 1)].append(by_budget[wanted][0])
-    names = sorted(cells, key=lambda key: (key[0] != "full", key))
-    share = [[sum(hits) / len(hits) if hits else float("nan") for hits in cells[name]] for name in names]
-    figure = _figure(8, 1.6 + 0.3 * len(names))
-    axes = figure.subplots()
-    image = axes.imshow(share, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-    for y, name in enumerate(names):
-        for x, hits in enumerate(cells[name]):
-            axes.text(x, y, f"{sum(hits):g}/{len(hits)}", ha="center", va="center", fontsize=8)
-    axes.set_yticks(range(len(names)), [f"{cache}, {tokens:,}" for cache, tokens in names], fontsize=8)
-    axes.set_xticks(range(DEPTHS), [f"{i / DEPTHS:.0%} …" for i in range(DEPTHS)])
-    axes.set_xlabel("depth of the needle in the context, from … on")
-    axes.set_title(f"Right answers at {budget} tokens per KV head, question {rows[0]['question']}, {rows[0]['model']}")
-    figure.colorbar(image, label="accuracy")
+    caches = sorted({cache for cache, _ in cells}, key=lambda cache: (cache != "full", cache))
+    lengths = sorted({tokens for _, tokens in cells})
+    across = min(4, len(caches))
+    down = math.ceil(len(caches) / across)
+    figure = _figure(1.5 + 2.8 * across, 1 + (0.6 + 0.3 * len(lengths)) * down)
+    panels = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).flatten()
+    for number, (axes, cache) in enumerate(zip(panels, caches, strict=False)):
+        lines = [cells.get((cache, tokens), [[]] * DEPTHS) for tokens in lengths]
+        share = [[sum(hits) / len(hits) if hits else float("nan") for hits in line] for line in lines]
+        image = axes.imshow(share, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        for y, line in enumerate(lines):
+            for x, hits in enumerate(line):
+                color = "white" if abs(share[y][x] - 0.5) > 0.4 else "black"  # both ends of the colors are dark
+                text = f"{sum(hits):g}/{len(hits)}" if hits else ""
+                axes.text(x, y, text, ha="center", va="center", fontsize=8, color=color)
+        axes.set_title(cache, fontsize=8)
+        axes.set_xticks(range(DEPTHS), [f"{i / DEPTHS:.0%} …" for i in range(DEPTHS)], fontsize=8)
+        axes.tick_params(labelbottom=number + across >= len(caches))  # the lowest of its column
+        axes.set_yticks(range(len(lengths)), [f"{tokens:,}" for tokens in lengths], fontsize=8)
+    for axes in panels[len(caches) :]:
+        axes.set_axis_off()
+    figure.supxlabel("depth of the needle in the context, from … on", fontsize=9)
+    figure.supylabel("tokens", fontsize=9)
+    figure.suptitle(f"Right answers at {budget} tokens per KV head, question {rows[0]['question']}, {rows[0]['model']}")
+    figure.colorbar(image, ax=panels, label="accuracy")
     return figure
 
 
@@ -165,7 +178,8 @@ def figures(scores: Path | None, peers: Path | None, budget: int) -> Iterator[tu
         asked = [row for row in rows if row["question"] == question]
         for tokens in sorted({row["tokens"] for row in asked}):
             yield f"quality_{tokens}_{question}", quality([row for row in asked if row["tokens"] == tokens])
-        yield f"depths_{budget}_{question}", depths(asked, budget)
+        if any(row["depth"] is not None for row in asked):
+            yield f"depths_{budget}_{question}", depths(asked, budget)
     if peers:
         measured = read_rows(peers, SPEED)
         if not measured:

@@ -60,19 +60,18 @@ def test_quality_shows_the_numbers(needles):
     left, right = plot.quality(rows).axes
     accuracy, more_nll = (axes.lines[0].get_ydata().tolist() for axes in (left, right))
     assert accuracy == [0.5, 1.0] and more_nll == pytest.approx([0.4, 0.1])
-    depths = plot.depths(rows, 32).axes[0]
-    assert [text.get_text() for text in depths.texts] == [
-        "1/1",
-        "1/1",
-        "2/2",
-        "1/1",
-        "1/1",
-        "0/1",
-        "1/1",
-        "1/2",
-        "0/1",
-        "1/1",
-    ]
+    figure = plot.depths(plot.read_rows(needles)[:6] + plot.read_rows(needles)[12:18], 32)
+    full, headkv, _ = figure.axes
+    assert [axes.get_title() for axes in (full, headkv)] == ["full", "headkv"]
+    assert [text.get_text() for text in full.texts] == 2 * ["1/1", "1/1", "2/2", "1/1", "1/1"]
+    assert [text.get_text() for text in headkv.texts] == 2 * ["0/1", "1/1", "1/2", "0/1", "1/1"]
+    assert [text.get_color() for text in headkv.texts[:3]] == ["white", "white", "black"]
+    assert [label.get_text() for label in full.get_yticklabels()] == ["100", "200"]
+
+
+def test_without_needles_there_are_no_depths(needles):
+    needles.write_text("".join(json.dumps({**row, "depth": None}) + "\n" for row in plot.read_rows(needles)))
+    assert all(name.startswith("quality") for name, _ in plot.figures(needles, None, 64))
 
 
 @pytest.mark.parametrize(
