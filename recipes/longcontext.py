@@ -109,7 +109,9 @@ def _main(argv: Sequence[str] | None) -> None:
         raise ValueError(f"{args.data} has contexts of the same id: give each its own")
     hidden = {"data", "output", "task", "importance"}
     settings = {key: value for key, value in vars(args).items() if key not in hidden}
-    settings["data_sha256"] = hashlib.sha256(args.data.read_bytes()).hexdigest()
+    settings["usual_task"] = None if args.format == "longbench" else args.task or args.data.stem
+    settings["data_sha256"] = _sha256(args.data)
+    settings["importance_sha256"] = None if args.importance is None else _sha256(args.importance)
     done = _finished(args.output, settings, {shared.id: len(shared.turns) for shared in contexts})
     loaded = load(args.model, dtype=args.dtype)
     most = max(turn.max_new_tokens for shared in contexts for turn in shared.turns)
@@ -146,6 +148,10 @@ def _main(argv: Sequence[str] | None) -> None:
         f"{sum(scores) / len(scores):.3f} over {len(scores)} questions on {len(done)} contexts, "
         f"{args.cache}, question {args.question}, {args.turns}"
     )
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _finished(output: Path, settings: dict[str, Any], turns: dict[str, int]) -> dict[str, list[float]]:

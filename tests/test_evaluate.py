@@ -1,15 +1,19 @@
 """The adapter for lm-eval gives what lm-eval's own backend gives, as long as the cache keeps everything."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import CachingLM
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
+from checkpoints.resolve import DEFAULT_MODEL
+from kernels import native
 from tests import tiny_chat
 from zoo.evaluate import main
 from zoo.harness import ZooLM
@@ -141,7 +145,7 @@ def test_what_is_too_long_is_treated_as_lm_evals_own_backend_does(model, theirs)
         assert score == pytest.approx(want, abs=1e-3) and greedy == want_greedy
     written = requests("generate_until", (text, {"until": [], "max_gen_toks": 6}))
     assert mine.generate_until(written) == other.generate_until(written)
-    assert mine.truncated == 2
+    assert mine.truncated == 1  # the same text twice
 
 
 def test_a_budget_that_holds_everything_equals_the_full_cache(model, scores, full):
@@ -268,6 +272,26 @@ def test_what_was_finished_is_kept_when_a_run_is_interrupted(model, monkeypatch)
     assert kept == [("loglikelihood", ("longer", "b")), ("generate_until", ("longer", {"max_gen_toks": 1}))]
 
 
+def test_texts_are_kept_when_their_last_window_is_done(model, monkeypatch):
+    kept = []
+    lm = model(cache="full", max_length=8)
+    monkeypatch.setattr(lm.cache_hook, "add_partial", lambda kind, texts, result: kept.append((kind, texts, result)))
+    real = lm._roll
+
+    def roll(engine, windows, stride):
+        if windows[0].name.endswith("document 1") and len(windows[0].continuation) < 8:
+            raise KeyboardInterrupt  # in the second text's last window, which is the shortest of all
+        return real(engine, windows, stride)
+
+    texts = requests("loglikelihood_rolling", ("eight by",), ("the quick f",))
+    want = lm.loglikelihood_rolling(texts)
+    kept.clear()
+    monkeypatch.setattr(lm, "_roll", roll)
+    with pytest.raises(KeyboardInterrupt):
+        lm.loglikelihood_rolling(texts)
+    assert kept == [("loglikelihood_rolling", ("eight by",), want[0])]
+
+
 # -- answers -----------------------------------------------------------------------------------------------------------
 
 
@@ -389,6 +413,23 @@ def test_long_contexts_are_refused_or_cut(model):
     assert got[0] == pytest.approx(got[1]) and got[2] == pytest.approx(got[1])
     with pytest.raises(ValueError, match="nothing can be left"):
         lm.loglikelihood(requests("loglikelihood", ("a", "b" * 41)))
+    lm = model(**options, truncate="left")
+    lm.loglikelihood(requests("loglikelihood", *((long, choice) for choice in ("a", "b", "c", "d"))))
+    assert lm.truncated == 1
+
+
+def test_a_context_of_spaces_is_named(model):
+    with pytest.raises(ValueError, match="task, document 1 has a context of no tokens"):
+        model(cache="full").loglikelihood(requests("loglikelihood", ("a", "b"), (" ", "b")))
+
+
+def test_without_a_compiler_that_is_said(model, monkeypatch, capsys):
+    def load():
+        raise RuntimeError("there is no C++ compiler (install g++)")
+
+    monkeypatch.setattr(native, "load", load)
+    model(cache="full")
+    assert "without the C++ operators, so slower (there is no C++ compiler (install g++))" in capsys.readouterr().err
 
 
 def test_a_context_without_the_separator_is_named(model):
@@ -431,6 +472,65 @@ def test_the_command_says_what_is_wrong(folder, options, message, capsys):
     model = ["--model_args", f"pretrained={folder / 'model'}"]
     assert main([*options, "--include_path", str(folder / "tasks"), *model]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_file_of_results_belongs_to_one_setting(model, tmp_path, spied):
+    path = str(tmp_path / "results")
+    asked = requests("loglikelihood", ("the quick brown fox jumps over the dog", "a"))
+
+    def cached(**options):
+        lm = CachingLM(model(**{"cache": SMALL, "budget": 8} | options), path)
+        got = lm.loglikelihood(asked)
+        lm.dbdict.close()
+        return got
+
+    first, count = cached(), len(spied)
+    assert cached(batch_size=2) == first and len(spied) == count
+    for options, said in (
+        ({"budget": 6}, "{'budget': '8'}, not of {'budget': '6'}"),
+        ({"cache": "full", "budget": None}, "'cache': 'full'"),
+        ({"dtype": "bfloat16"}, "{'dtype': 'float32'"),
+        ({"truncate": "left"}, "{'truncate': 'error'}, not of {'truncate': 'left'}"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            cached(**options)
+    assert cached() == first
+
+
+def test_a_file_of_results_knows_what_files_hold(model, tmp_path):
+    scores, path, lm = tmp_path / "heads.json", str(tmp_path / "results"), model(cache="full")
+    scores.write_text("one")
+    lm._importance = str(scores)
+    for _ in range(2):
+        CachingLM(lm, path).dbdict.close()
+    scores.write_text("two")
+    with pytest.raises(ValueError, match=r"holds results of \{'importance'"):
+        CachingLM(lm, path)
+    scores.write_text("one")
+    lm.loaded.model.embed.weight.data[0, 0] += 1
+    with pytest.raises(ValueError, match=r"holds results of \{'weights_hash'"):
+        CachingLM(lm, path)
+
+
+def test_tasks_see_the_default_model(monkeypatch):
+    from lm_eval._cli import HarnessCLI
+
+    seen = []
+    monkeypatch.setattr(HarnessCLI, "execute", lambda self, args: seen.append(args.model_args))
+    assert main(["--tasks", "t", "--model_args", "budget=64"]) == 0
+    assert main(["--tasks", "t"]) == 0
+    assert main(["--tasks", "t", "--model_args", "pretrained=mine"]) == 0
+    assert main(["--tasks", "t", "--model", "dummy"]) == 0
+    default = {"pretrained": DEFAULT_MODEL}
+    assert seen == [default | {"budget": 64}, default, {"pretrained": "mine"}, None]
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_loading(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("zoo.harness.load", None)
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file", tmp_path / "file" / "results.json"):
+        assert main(["--tasks", "t_choice", "--include_path", str(folder / "tasks"), "--output_path", str(output)]) == 2
+        assert f"--output_path {output} cannot be written" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_help_does_not_wait_for_torch():

@@ -93,6 +93,19 @@ def test_a_run_goes_on_where_it_stopped(folder, tmp_path, capsys):
     assert capsys.readouterr().out == said
 
 
+def test_rows_belong_to_one_file_of_head_importance(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(longcontext, "Engine", lambda *_, importance, **options: Engine(*_, **options))
+    data, output, scores = tmp_path / "scbench_vt.jsonl", tmp_path / "rows.jsonl", tmp_path / "scores.json"
+    data.write_text(rows("a"))
+    scores.write_text("one")
+    assert run(folder, data, output, "--importance", str(scores)) == 0
+    assert run(folder, data, output, "--importance", str(scores)) == 0
+    scores.write_text("two")
+    for more in ([], ["--importance", str(scores)]):
+        assert run(folder, data, output, *more) == 2
+        assert "is of a run with other settings" in capsys.readouterr().err
+
+
 def test_what_cannot_run_is_refused_before_anything_is_written(folder, tmp_path, capsys):
     data, output = tmp_path / "scbench_vt.jsonl", tmp_path / "rows.jsonl"
 
@@ -111,5 +124,6 @@ def test_what_cannot_run_is_refused_before_anything_is_written(folder, tmp_path,
     assert not output.exists()
     assert run(folder, data, output) == 0
     refused("line 1: is of a run with other settings", "--question", "seen")
+    refused("line 1: is of a run with other settings", "--task", "scbench_kv")
     output.write_text(output.read_text().splitlines()[0] + "\n")
     refused("holds only a part of context a")

@@ -6,6 +6,7 @@ import json
 import random
 import re
 from collections import Counter
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -240,6 +241,28 @@ def test_a_task_without_tokenizer_or_with_wrong_numbers_is_refused():
         hooks.examples(family="vt", tokenizer=DEFAULT_MODEL, length="4k")
 
 
+def test_misspelt_metadata_is_refused_and_a_models_arguments_are_not():
+    pytest.importorskip("lm_eval")
+    from lm_eval.models.huggingface import HFLM
+
+    from zoo.harness import ZooLM
+
+    given = {"family": "vt", "tokenizer": DEFAULT_MODEL, "length": 1000, "examples": 1}
+    for key, meant in {"lenght": "length", "example": "examples", "num_examples": "examples", "seeds": "seed"}.items():
+        with pytest.raises(ValueError, match=f"--metadata has no {key}: write {meant}"):
+            hooks.examples(**given, **{key: 3})
+    theirs = {**signature(HFLM).parameters, **signature(ZooLM).parameters, "version": None, "max_seq_lengths": None}
+    (example,) = hooks.examples(**given, **{key: None for key in theirs if key not in (*given, "seed")})
+    assert example.length == 1000
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_blank_line_of_a_prompt_parts_context_and_question(family):
+    example = made(family)
+    before, line, question = example.prompt.rpartition("\n\n")
+    assert before + line == example.context and question.startswith(example.question)
+
+
 # --- files
 
 LONG = {
@@ -285,6 +308,7 @@ def test_scbench_rows_are_read(tmp_path):
         (LONG | {"answers": []}, "line 2: answers must be a list of at least one text"),
         ({**LONG, "context": 7}, "line 2: context must be a text, not 7"),
         (LONG | {"dataset": "dureader"}, r"line 2: the task 'dureader' has no metric here: choose from narrativeqa"),
+        ({**LONG, "context": ""}, "line 2: context is empty"),
         (LONG | {"dataset": "trec"}, "line 2: all_classes must list the classes of trec"),
         (LONG | {"dataset": "passage_retrieval_en"}, "line 2: .* must read \"Paragraph NUMBER\", not 'Ada'"),
     ],
@@ -297,6 +321,7 @@ def test_malformed_longbench_lines_are_named(tmp_path, row, message):
 @pytest.mark.parametrize(
     ("changes", "task", "message"),
     [
+        ({"context": ""}, None, "context is empty"),
         ({"multi_turns": []}, None, "multi_turns must be a list of at least one object"),
         ({"multi_turns": [{"input": "Key?"}]}, None, "answer must be a text, not None"),
         ({}, "scbench_repoqa", "'scbench_repoqa' has no metric here"),

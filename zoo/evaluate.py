@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
+from checkpoints.resolve import DEFAULT_MODEL
 from zoo.cli import run
 
 PROGRAM = "python -m zoo.evaluate"
@@ -24,6 +27,9 @@ Every option is lm-eval's own and is listed below; the model is `zoo` unless --m
   question=unseen     compress only what comes before the last separator=TEXT in a context; the rest is read afterwards
   stride=N            where whole texts are scored: tokens per piece that is scored, then compressed (default: 64)
   seed=N              of sampled answers
+
+--use_cache FILE keeps every result as soon as it is there, and a run that was interrupted finds them again. A file
+belongs to one model and one setting of its cache; it is refused to others.
 
 examples:
   {PROGRAM} --tasks arc_easy --limit 100 --model_args cache=headkv,budget=128,batch_size=4
@@ -49,7 +55,7 @@ def _evaluate(argv: list[str]) -> None:
     try:
         from lm_eval._cli import HarnessCLI
         from lm_eval.config.evaluate_config import EvaluatorConfig
-        from lm_eval.utils import setup_logging
+        from lm_eval.utils import setup_logging, simple_parse_args_string
 
         import zoo.harness  # noqa: F401  (registers the model)
     except ModuleNotFoundError as error:
@@ -76,7 +82,26 @@ def _evaluate(argv: list[str]) -> None:
         for name, value in {"model": "zoo", "device": "cpu"}.items():
             if getattr(args, name) is None and name not in chosen:
                 setattr(args, name, value)
+        if (args.model or chosen["model"]) == "zoo":  # said aloud, for tasks that count by its tokenizer
+            given = args.model_args or chosen.get("model_args") or {}
+            given = simple_parse_args_string(given) if isinstance(given, str) else given
+            args.model_args = {"pretrained": DEFAULT_MODEL, **given}
+        if output := args.output_path or chosen.get("output_path"):
+            _check_writable(Path(output))
     harness.execute(args)
+
+
+def _check_writable(output: Path) -> None:
+    """Refuse a place where lm-eval, which would only warn about it at the end, could not leave its results."""
+    folder = output.parent if output.suffix == ".json" else output
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"--output_path {output} cannot be written ({error.strerror}): give a folder, or a .json file in one"
+        ) from None
 
 
 if __name__ == "__main__":

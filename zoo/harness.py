@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
 from itertools import groupby, zip_longest
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
+from lm_eval.api.model import CacheHook, TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -21,8 +24,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from checkpoints.config import config_hash
 from checkpoints.resolve import DEFAULT_MODEL
+from kernels import native
 from layers.budget import parse_budget
-from zoo.cli import note
+from zoo.cli import note, waiting
 from zoo.load import load
 
 # torch takes seconds to import: `--help` does not wait for it.
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
 
     from checkpoints.tokenizer import StreamDecoder
     from zoo.engine import Engine
+    from zoo.load import Loaded
 
 T = TypeVar("T")
 Scored = tuple[float, bool]
@@ -175,7 +180,15 @@ class ZooLM(TemplateLM):  # type: ignore[misc]
             )
         from zoo.engine import Engine
 
+        if device == "cpu":
+            native.start()
         self.loaded = load(str(pretrained), dtype=dtype, weights=weights, device=device)
+        if device == "cpu":
+            try:
+                with waiting("Compiling; later starts find this done"):
+                    native.load()
+            except RuntimeError as error:
+                note(f"without the C++ operators, so slower ({error}): repair that if speed matters")
         trained = self.loaded.config.max_position
         self.max_length = trained if max_length is None else _whole("max_length", max_length)
         if self.max_length > trained:
@@ -192,7 +205,7 @@ class ZooLM(TemplateLM):  # type: ignore[misc]
         self.mode = f"question {question} while compressing"
         self._said = {"dtype": dtype, "weights": weights, "device": device, **self._options}
         self._said["budget"] = None if self._engine.budget is None else str(self._engine.budget)
-        self.truncated = 0
+        self._importance, self._cut = importance, set[int]()
         self._prefills: set[str] = set()
 
     @classmethod
@@ -206,6 +219,11 @@ class ZooLM(TemplateLM):  # type: ignore[misc]
         from lm_eval.utils import simple_parse_args_string
 
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    @property
+    def truncated(self) -> int:
+        """Contexts that were cut off at their beginning, each counted once."""
+        return len(self._cut)
 
     # -- what lm-eval asks about a model -------------------------------------------------------------------------------
 
@@ -302,6 +320,41 @@ class ZooLM(TemplateLM):  # type: ignore[misc]
             }
         }
 
+    def set_cache_hook(self, cache_hook: CacheHook) -> None:
+        """Take the file of `--use_cache`, in which lm-eval finds results by the text of a request alone.
+
+        Args:
+            cache_hook: lm-eval's.
+
+        Raises:
+            ValueError: what the file holds came from another model or other settings.
+        """
+        kept = cache_hook.dbdict
+        if kept is not None:
+            settings = self._settings()
+            before = kept.get("settings", {}) if len(kept) else settings
+            if differ := [name for name in settings if name not in before or before[name] != settings[name]]:
+                kept.close()
+                there, here = ({name: known.get(name) for name in differ} for known in (before, settings))
+                raise ValueError(
+                    f"--use_cache {kept.filename} holds results of {there}, not of {here}: give every model and every "
+                    "setting of a cache a file of its own"
+                )
+            kept["settings"] = settings
+        super().set_cache_hook(cache_hook)
+
+    def _settings(self) -> dict[str, Any]:
+        """All that results depend on, beside the requests: what is said about the model, and contents of its files."""
+        said = self.get_model_info()["zoo"]
+        settings = {name: value for name, value in said.items() if name not in ("batch_size", "truncated", "prefill")}
+        if self._importance is not None:
+            settings["importance"] = hashlib.sha256(Path(self._importance).read_bytes()).hexdigest()
+        return settings | {
+            "weights_hash": _weights_hash(self.loaded),
+            "tokenizer_hash": self.tokenizer_name,
+            "truncate": self._truncate,
+        }
+
     # -- the three kinds of requests -----------------------------------------------------------------------------------
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Scored]:
@@ -359,16 +412,18 @@ class ZooLM(TemplateLM):  # type: ignore[misc]
             for context, target in map(make_disjoint_window, pairs):
                 name = _name(request, index)
                 windows.append(Request(index=index, name=name, context=tuple(context), continuation=tuple(target)))
-        totals = [0.0] * len(requests)
+        totals, left = [0.0] * len(requests), Counter(window.index for window in windows)
         stride = self.max_length if self._engine.budget is None else self._stride
         room = min(stride, max((len(window.continuation) for window in windows), default=1))
         with self._working("Scoring texts", windows, room=room, disable=disable_tqdm) as (engine, done):
             for rows in _batches(windows, self.batch_size, stride):
                 for window, total in zip(rows, self._roll(engine, rows, stride), strict=True):
                     totals[window.index] += total
+                    left[window.index] -= 1
+                    if not left[window.index]:
+                        text = requests[window.index].args
+                        self.cache_hook.add_partial("loglikelihood_rolling", text, totals[window.index])
                 done(len(rows))
-        for request, total in zip(requests, totals, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -428,6 +483,10 @@ class ZooLM(TemplateLM):  # type: ignore[misc]
         self, index: int, name: str, context: list[int], question: list[int], target: list[int], *, more: int
     ) -> Request:
         """A request no longer than allowed; more is how many tokens follow context and question in the cache."""
+        if not context:
+            raise ValueError(
+                f"{name} has a context of no tokens, but for spaces that are scored: leave it empty or fill it"
+            )
         if more < 0:
             raise ValueError(f"{name} has a continuation of no tokens beside its context: nothing can be scored")
         most = self.max_length - len(question) - more
@@ -438,7 +497,7 @@ class ZooLM(TemplateLM):  # type: ignore[misc]
                     f"{name} has {len(context)} tokens of context and {len(question) + more} more, of {self.max_length}"
                     f" that are allowed: {remedy}"
                 )
-            self.truncated += 1
+            self._cut.add(hash(tuple(context)))
             context = context[-most:]
         return Request(
             index=index, name=name, context=tuple(context), question=tuple(question), continuation=tuple(target)
@@ -598,6 +657,14 @@ def _whole(name: str, value: object, *, least: int = 1) -> int:
     if isinstance(number, bool) or not isinstance(number, int) or not least <= number < 2**31:
         raise ValueError(f"{name} must be a whole number from {least} to 2**31 - 1, not {value!r}")
     return number
+
+
+def _weights_hash(loaded: Loaded) -> str:
+    """Tells weights apart by the first values of every tensor, which training would have changed."""
+    digest = hashlib.sha256()
+    for name, tensor in loaded.model.state_dict().items():
+        digest.update(name.encode() + tensor.flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _name(request: Instance, index: int) -> str:

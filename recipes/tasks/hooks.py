@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from difflib import get_close_matches
+from inspect import signature
 from typing import Any
 
 from checkpoints.resolve import resolve
@@ -10,6 +12,8 @@ from checkpoints.tokenizer import load_tokenizer
 from recipes.tasks.example import Example
 from recipes.tasks.metrics import string_match
 from recipes.tasks.ruler import make_example
+
+_ALIKE = 0.8  # lenght is this much like length, and no argument of lm-eval's models is like one of ours
 
 
 def examples(
@@ -22,7 +26,7 @@ def examples(
     reserve: int = 64,
     tokenizer: str | None = None,
     pretrained: str | None = None,
-    **_: Any,
+    **others: Any,
 ) -> list[Example]:
     """Make a task's examples.
 
@@ -35,14 +39,20 @@ def examples(
         reserve: tokens of these left free for a chat template.
         tokenizer: a model's alias, folder, .gguf file or hub id, whose tokenizer counts.
         pretrained: the same, where lm-eval hands over the model's arguments; `tokenizer` goes first.
+        others: the model's other arguments and what lm-eval notes about the task, none of which matters here. What
+            reads like a slip of the pen for one of the above is refused.
 
     Returns:
         The examples.
 
     Raises:
-        ValueError: no tokenizer, **or** numbers out of range, **or** as for `make_example`.
+        ValueError: a misspelt argument, **or** no tokenizer, **or** numbers out of range, **or** as for `make_example`.
         CheckpointError: the tokenizer cannot be found or read.
     """
+    known = [name for name, p in signature(globals()["examples"]).parameters.items() if p.kind is not p.VAR_KEYWORD]
+    for key in others:
+        if meant := get_close_matches(key, known, n=1, cutoff=_ALIKE):
+            raise ValueError(f"--metadata has no {key}: write {meant[0]}, if that is meant")
     name = tokenizer or pretrained
     if not isinstance(name, str):
         raise ValueError("lengths need a tokenizer to count by: give --metadata tokenizer=MODEL")

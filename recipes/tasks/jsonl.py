@@ -179,7 +179,7 @@ def _longbench_row(row: dict[str, Any]) -> SharedContext:
         metric=task.metric,
         first_line=task.first_line,
     )
-    return SharedContext(id=_text(row, "_id"), context=_text(row, "context"), turns=(turn,))
+    return SharedContext(id=_text(row, "_id"), context=_context(row), turns=(turn,))
 
 
 def _scbench_row(row: dict[str, Any], usual: str) -> SharedContext:
@@ -188,7 +188,7 @@ def _scbench_row(row: dict[str, Any], usual: str) -> SharedContext:
         raise ValueError("multi_turns must be a list of at least one object")
     return SharedContext(
         id=_text(row, "id", numbers=True),
-        context=_text(row, "context"),
+        context=_context(row),
         turns=tuple(_scbench_turn(turn, usual) for turn in turns),
     )
 
@@ -234,6 +234,13 @@ def _text(row: dict[str, Any], key: str, *, numbers: bool = False) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{key} must be a text, not {value!r}")
     return value
+
+
+def _context(row: dict[str, Any]) -> str:
+    context = _text(row, "context")
+    if not context:
+        raise ValueError("context is empty: there is nothing to ask about")
+    return context
 
 
 def _texts(row: dict[str, Any], key: str) -> tuple[str, ...]:
