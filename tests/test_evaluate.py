@@ -14,6 +14,7 @@ from lm_eval.tasks import TaskManager
 
 from checkpoints.resolve import DEFAULT_MODEL
 from kernels import native
+from recipes import check_evaluate
 from tests import tiny_chat
 from zoo.evaluate import main
 from zoo.harness import ZooLM
@@ -538,3 +539,14 @@ def test_help_does_not_wait_for_torch():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "question=unseen" in done.stdout and "--include_path" in done.stdout
+
+
+def test_both_backends_are_compared_by_a_command(folder, tmp_path, capsys):
+    output = tmp_path / "out.json"
+    sizes = ["--texts", "2", "--tokens", "60", "--new-tokens", "4", "--rounds", "1"]
+    assert check_evaluate.main(["--model", str(folder / "model"), *sizes, "--output", str(output)]) == 0
+    found = json.loads(output.read_text())
+    assert found["full"]["loglikelihood"]["largest"] < 1e-3 and found["full"]["loglikelihood_rolling"]["largest"] < 1e-3
+    assert found["full"]["generate_until"] == {"requests": 2, "same": 2}
+    assert found["batches"]["same"] == found["batches"]["answers"] == 2 and found["batches"]["ratio"] > 0
+    assert "| loglikelihood | " in capsys.readouterr().out
