@@ -78,7 +78,7 @@ def differences(ours: Any, theirs: Any, pieces: list[str], new_tokens: int) -> d
 
 
 def throughput(model: str, pieces: list[str], new_tokens: int, rounds: int, threads: int) -> dict[str, Any]:
-    """Seconds to continue texts through tuned `snapkv`, 64 tokens per KV head, one by one and eight at a time, in turns."""
+    """Seconds to continue texts through 64 tokens per KV head, one by one and eight at a time, in turns."""
     from zoo.harness import ZooLM
 
     seconds: dict[int, list[float]] = {1: [], 8: []}

@@ -81,7 +81,7 @@ def test_nothing_outside_the_project_is_named():
 def test_nothing_imports_what_needs_lm_eval():
     for package in ALLOWED:
         for path in (ROOT / package).rglob("*.py"):
-            if path.name not in ("harness.py", "evaluate.py"):
+            if path.name not in ("harness.py", "evaluate.py", "check_evaluate.py"):
                 assert "zoo.harness" not in path.read_text() and "zoo.evaluate" not in path.read_text(), path
 
 
