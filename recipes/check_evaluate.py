@@ -114,7 +114,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         commit, pieces = machine.commit(), texts(args.model, args.texts, args.tokens)
-        theirs = HFLM(pretrained=str(resolve(args.model)), device="cpu", dtype="float32", batch_size=4)
+        path = resolve(args.model)
+        where = (
+            {"pretrained": str(path.parent), "gguf_file": path.name} if path.is_file() else {"pretrained": str(path)}
+        )
+        theirs = HFLM(**where, device="cpu", dtype="float32", batch_size=4)
         ours = ZooLM(args.model, cache="full", batch_size=4)
         found = differences(ours, theirs, pieces, args.new_tokens)
         speed = throughput(args.model, pieces, args.new_tokens, args.rounds, torch.get_num_threads())
