@@ -189,6 +189,8 @@ def common_budgets(cells: Mapping[tuple[int, str], Pooled], tokens: int) -> set[
 def best_first(full: Pooled, cells: Mapping[tuple[int, str], Pooled], tokens: int) -> list[str]:
     """Caches by accuracy, then likelihood: means over the budgets that all have, or else over those that each has.
 
+    Those that were asked fewer questions than the full cache follow, and last those that keep every token.
+
     Args:
         full: the full cache.
         cells: of the others, see `pool`.
@@ -196,13 +198,14 @@ def best_first(full: Pooled, cells: Mapping[tuple[int, str], Pooled], tokens: in
     """
     common = common_budgets(cells, tokens)
 
-    def loss(cache: str) -> tuple[float, float, str]:
+    def place(cache: str) -> tuple[bool, bool, float, float, str]:
         line = {budget: cell for (budget, name), cell in cells.items() if name == cache}
         told = [cell for budget, cell in line.items() if budget in common] or list(line.values())
-        wrong = sum(1 - cell.accuracy()[0] for cell in told) / len(told)
-        return round(wrong, 9), sum(cell.more_nll(full)[0] for cell in told) / len(told), cache
+        fewer = any(len(cell.results) < len(full.results) for cell in told)
+        wrong = round(sum(1 - cell.accuracy()[0] for cell in told) / len(told), 9)
+        return set(line) == {tokens}, fewer, wrong, sum(cell.more_nll(full)[0] for cell in told) / len(told), cache
 
-    return sorted({cache for _, cache in cells}, key=loss)
+    return sorted({cache for _, cache in cells}, key=place)
 
 
 class Pooled:

@@ -125,7 +125,7 @@ def test_the_report_writes_tables_and_pictures(needles, tmp_path):
 
 
 def test_caches_are_ranked_by_the_budgets_that_all_have(needles):
-    """One that was asked at more budgets, or refused at some, is not better or worse for it."""
+    """Nor by how many budgets they have; one that was asked less, or keeps everything, does not compete."""
     rows = [row for row in report.read_scores(needles) if row["tokens"] == 100 and row["question"] == "seen"]
     right = {
         "many": {"32": 0, "64": 0.6, "92": 1, "128": 1},
@@ -138,12 +138,15 @@ def test_caches_are_ranked_by_the_budgets_that_all_have(needles):
         row["results"]["full"] = {"100": [1, 0.1]}
         row["mebibytes"] = {name: dict.fromkeys(line, 1.0) for name, line in row["results"].items()}
     full, cells = leaderboard.pool_beside_full(rows)
-    assert leaderboard.best_first(full, cells, 100) == ["kvpress:adakv", "few", "everything", "many"]
+    assert leaderboard.best_first(full, cells, 100) == ["kvpress:adakv", "few", "many", "everything"]
     labels = [line.get_label() for line in plot.quality(rows).axes[0].lines[:2]]
     assert labels == ["kvpress:adakv (hides tokens, frees none)", "few"]
     del cells[64, "kvpress:adakv"]
     cells[16, "kvpress:adakv"] = cells[32, "many"]
-    assert leaderboard.best_first(full, cells, 100) == ["few", "everything", "many", "kvpress:adakv"]
+    assert leaderboard.best_first(full, cells, 100) == ["few", "many", "kvpress:adakv", "everything"]
+    for budget in (32, 64):
+        cells[budget, "few"].results.popitem()
+    assert leaderboard.best_first(full, cells, 100) == ["many", "kvpress:adakv", "few", "everything"]
 
 
 def test_reports_that_cannot_be_made_say_why(needles, tmp_path, capsys):
