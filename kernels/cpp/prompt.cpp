@@ -34,7 +34,8 @@ template <class T>
 class Head {
  public:
   Head(const Observation& o, const int32_t* position)
-      : o_(o), position_(position), groups_((o.places + kLanes - 1) / kLanes), stride_(groups_ * kLanes), row_((groups_ | 1) * kLanes) {
+      : o_(o), position_(position), groups_((o.places + kLanes - 1) / kLanes), stride_(groups_ * kLanes),
+        row_((groups_ | 1) * kLanes) {
     part_ = std::max<int64_t>(1, (o.queries + kParts * kTogether - 1) / (kParts * kTogether)) * kTogether;
     parts_ = (o.queries + part_ - 1) / part_;
     q_.resize(o.group * o.queries * o.head_dim), keys_.resize(stride_ * o.head_dim);
@@ -80,7 +81,7 @@ class Head {
   const Observation& o_;
   const int32_t* position_;
   const int64_t groups_, stride_;  // sixteens of places, and places in them
-  const int64_t row_;              // floats from one query's weights to the next: no multiple of a cache's sets
+  const int64_t row_;              // floats from one query's weights to the next: an odd number of cache lines
   int64_t part_, parts_;           // queries of a part, and parts of a query head
   int64_t exist_ = 0;              // queries
   std::vector<float> q_, keys_, sum_, hot_;
@@ -132,7 +133,8 @@ class Head {
       else if (count == kTogether)
         products<kTogether, 1>(q, keys, o_.head_dim, out, row_ / kLanes);
       else
-        for (int64_t j = 0; j < count; j++) products<1, 1>(q + j * o_.head_dim, keys, o_.head_dim, out + j * (row_ / kLanes), 0);
+        for (int64_t j = 0; j < count; j++)
+          products<1, 1>(q + j * o_.head_dim, keys, o_.head_dim, out + j * (row_ / kLanes), 0);
       for (const int64_t last = group + some; group < last; group++) {
         const bool of_all = all_exist && full_[group] && newest_[group] <= earliest &&
                             (!o_.window || int64_t(oldest_[group]) > int64_t(latest) - o_.window);
