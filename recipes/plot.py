@@ -53,11 +53,11 @@ def quality(rows: list[dict[str, Any]]) -> Figure:
     """
     (full, cells), first = pool_beside_full(rows), rows[0]
     caches = best_first(full, cells, first["tokens"])
-    figure = _figure(14, 6.5)
+    figure = _figure(17, max(6.5, 1 + 0.19 * len(caches)))  # so that the legend fits
     left, right = figure.subplots(1, 2)
     for number, cache in enumerate(caches):
         line = [cell for (_, name), cell in sorted(cells.items()) if name == cache]
-        apart = 1 + 0.008 * (number - len(caches) / 2)
+        apart = 1 + 0.14 * (number / len(caches) - 0.5)
         sizes = [cell.mebibytes * apart for cell in line]
         for axes, values in ((left, [c.accuracy() for c in line]), (right, [c.more_nll(full) for c in line])):
             middle, low, high = zip(*values, strict=True)
@@ -78,12 +78,13 @@ def quality(rows: list[dict[str, Any]]) -> Figure:
         axes.set_xscale("log")
         axes.set_xticks(ticks, [f"{x:.1f}" for x in ticks], rotation=60, fontsize=8)
         axes.minorticks_off()
-        axes.set_xlabel("MiB of cache, room for the answer included; points moved apart a little")
+        axes.set_xlabel("MiB of cache with room for the answer (points moved apart)")
         axes.grid(alpha=0.25)
     figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.suptitle(
         f"{first['model']}, {first['tokens']:,} tokens, question {first['question']}, split {first['split']}, "
-        f"{len(full.results)} questions; vertical lines: 95 % intervals"
+        f"{len(full.results)} questions; vertical lines: 95 % intervals",
+        x=0.37,
     )
     return figure
 
