@@ -385,7 +385,7 @@ def test_two_compilations_serve_all_layers_and_prompts():
         ("kvsharer:share=few", "takes float"),
         ("kvsharer:layers=3", "no option"),
         ("kvsharer+nosuch", "no cache method is called 'nosuch'"),
-        ("kvsharer+", "no cache method is called ''"),
+        ("kvsharer+", "lacks a method on one side of the plus"),
         ("kvsharer+kvsharer", "write kvsharer once"),
         ("snapkv+kvsharer", "changes no other method"),
         ("kvsharer:share=0.9", "let 5 of 6 layers read another's cache, but the search for tiny found 3: lower"),
