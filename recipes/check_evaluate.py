@@ -23,19 +23,18 @@ import torch
 from checkpoints import CheckpointError
 from checkpoints.resolve import DEFAULT_MODEL, resolve
 from recipes.perplexity import windows
-from zoo import load, machine
+from zoo import Loaded, machine
 from zoo.cli import whole_number
 
 
-def texts(model: str, count: int, tokens: int) -> list[str]:
+def texts(loaded: Loaded, count: int, tokens: int) -> list[str]:
     """Pieces of prose, each shorter than the one before it.
 
     Args:
-        model: whose tokenizer counts.
+        loaded: whose tokenizer counts.
         count: how many.
         tokens: of the longest.
     """
-    loaded = load(model)
     pieces = windows(loaded, count, tokens)
     return [loaded.tokenizer.decode(ids[: tokens - tokens * i // (2 * count)]) for i, ids in enumerate(pieces)]
 
@@ -77,7 +76,7 @@ def differences(ours: Any, theirs: Any, pieces: list[str], new_tokens: int) -> d
     }
 
 
-def throughput(model: str, pieces: list[str], new_tokens: int, rounds: int, threads: int) -> dict[str, Any]:
+def throughput(model: str, pieces: list[str], new_tokens: int, rounds: int) -> dict[str, Any]:
     """Seconds to continue texts through 64 tokens per KV head, one by one and eight at a time, in turns."""
     from zoo.harness import ZooLM
 
@@ -92,7 +91,7 @@ def throughput(model: str, pieces: list[str], new_tokens: int, rounds: int, thre
             seconds[batch].append(time.perf_counter() - started)
     ratio = statistics.median(seconds[1]) / statistics.median(seconds[8])
     same = sum(a == b for a, b in zip(found[1], found[8], strict=True))
-    return {"seconds": seconds, "ratio": ratio, "answers": len(asked), "same": same, "threads": threads}
+    return {"seconds": seconds, "ratio": ratio, "answers": len(asked), "same": same}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -113,15 +112,16 @@ def main(argv: list[str] | None = None) -> int:
         print("error: this needs lm-eval: run `pip install -c constraints.txt -e '.[test]'`", file=sys.stderr)
         return 2
     try:
-        commit, pieces = machine.commit(), texts(args.model, args.texts, args.tokens)
+        commit = machine.commit()
         path = resolve(args.model)
         where = (
             {"pretrained": str(path.parent), "gguf_file": path.name} if path.is_file() else {"pretrained": str(path)}
         )
         theirs = HFLM(**where, device="cpu", dtype="float32", batch_size=4)
         ours = ZooLM(args.model, cache="full", batch_size=4)
+        pieces = texts(ours.loaded, args.texts, args.tokens)
         found = differences(ours, theirs, pieces, args.new_tokens)
-        speed = throughput(args.model, pieces, args.new_tokens, args.rounds, torch.get_num_threads())
+        speed = throughput(args.model, pieces, args.new_tokens, args.rounds)
         origin = {"model": args.model, "commit": commit, "machine": machine.description(torch.device("cpu"))}
         origin["command"] = "python -m recipes.check_evaluate " + shlex.join(sys.argv[1:] if argv is None else argv)
         if args.output:
