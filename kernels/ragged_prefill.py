@@ -137,9 +137,14 @@ def reference(
     H, S = k_BHSD.shape[1:3]
     q_BNTD = q_BTND.transpose(1, 2)
     lse_BTN = q_BTND.new_empty((B, T, N) if lse else 0, dtype=torch.float32)
-    if S == T and (not window or window >= T) and not lse and _is_plain(pos_BHS, position_BT):
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # no public name of it gives the logarithms
+    fast = not lse or q_BTND.device.type == "cpu"
+    if S == T and (not window or window >= T) and fast and _is_plain(pos_BHS, position_BT):
         empty_BHS1 = (pos_BHS < 0)[..., None]
         k, v = (x.masked_fill(empty_BHS1, 0.0) if empty_BHS1.any() else x for x in (k_BHSD, v_BHSD))
+        if lse:
+            o_BNTD, lse_BNT = flash(q_BNTD, k, v, 0.0, True)
+            return o_BNTD.transpose(1, 2).contiguous(), lse_BNT.transpose(1, 2)
         o_BNTD = F.scaled_dot_product_attention(q_BNTD, k, v, is_causal=True, enable_gqa=N != H)
         return o_BNTD.transpose(1, 2).contiguous(), lse_BTN
     o_BTND = torch.empty_like(q_BTND, memory_format=torch.contiguous_format)

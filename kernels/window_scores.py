@@ -11,8 +11,13 @@ from torch import Tensor
 
 from kernels.checks import INTEGERS, MOST_SLOTS, check, check_groups
 from kernels.language import INTERPRETED, jit, tl, triton
+from kernels.ragged_prefill import ragged_prefill_lse
 from kernels.registry import Arguments, Case, Workload, register, serve
 from kernels.testing import random
+
+ROWS = ("mean", "max", "variance", "entropy")
+"""How weights are reduced over queries; the operator takes the number."""
+_ROWS_MAX, _ROWS_VARIANCE, _ROWS_ENTROPY = 1, 2, 3
 
 
 def window_scores(
@@ -27,6 +32,7 @@ def window_scores(
     behind: int,
     protected_BHS: Tensor,
     window: int | None = None,
+    lse_BWN: Tensor | None = None,
 ) -> Tensor:
     """Attention weights of W observing queries, reduced to one score per token and KV head, spread over neighbours.
 
@@ -39,19 +45,22 @@ def window_scores(
         k_BHSD: stored keys, after RoPE, in order of position, in the queries' dtype.
         pos_BHS: int32 absolute positions of the keys; -1 marks an empty place.
         position_BW: int32 absolute positions of the queries; -1 marks one that does not exist, which is not counted.
-        rows: "mean" or "max" over the window's queries.
+        rows: "mean" or "max" over the window's queries, their unbiased "variance", or "entropy": -A ln A of the weights
+            A, summed.
         group: "mean" or "max" over the query heads of a KV head.
         ahead: tokens after a hot one that share its score, >= 0.
         behind: tokens before a hot one that share its score, >= 0.
         protected_BHS: bool; tokens that are kept anyway, whose scores must not spread.
         window: the model's sliding window in tokens, >= 1, or None.
+        lse_BWN: fp32, of each query the natural logarithm of the sum of exponentials of its scores, as
+            `ragged_prefill_lse` gives it for the same keys; None computes it, which takes about as long as the rest.
 
     Returns:
         (B, H, S) fp32.
 
     Raises:
-        ValueError: `rows` or `group` is neither "mean" nor "max"; a number is too small; no query; a shape, dtype or
-            device does not fit; on a GPU, a head dimension above 256.
+        ValueError: `rows` or `group` is unknown; a number is too small; no query; a shape, dtype or device does not
+            fit; on a GPU, a head dimension above 256.
 
     Source:
         Li et al., SnapKV, 2024, section 4 (mean up to a constant: published code sums).
@@ -62,9 +71,9 @@ def window_scores(
         >>> window_scores(q, k, pos, pos[:, 0, 1:], **how, protected_BHS=pos < 0)
         tensor([[[0.5000, 0.5000]]])
     """
-    for name, way in (("rows", rows), ("group", group)):
-        if way not in ("mean", "max"):
-            raise ValueError(f'{name} must be "mean" or "max", not {way!r}')
+    for name, way, ways in (("rows", rows, ROWS), ("group", group, ROWS[:2])):
+        if way not in ways:
+            raise ValueError(f"{name} must be one of {', '.join(ways)}, not {way!r}")
     for name, number, least in (("ahead", ahead, 0), ("behind", behind, 0), ("window", window, 1)):
         if number is not None and number < least:
             raise ValueError(f"{name} is {number}, it must be at least {least}")
@@ -78,6 +87,8 @@ def window_scores(
     check("pos_BHS", pos_BHS, shape=(B, H, S), dtype=INTEGERS, like=q_BWND)
     check("position_BW", position_BW, shape=(B, W), dtype=INTEGERS, like=q_BWND)
     check("protected_BHS", protected_BHS, shape=(B, H, S), dtype=[torch.bool], like=q_BWND)
+    if lse_BWN is not None:
+        check("lse_BWN", lse_BWN, shape=(B, W, N), dtype=[torch.float32], like=q_BWND)
     form = torch.ops.headkv.window_scores if serve() else reference
     score_BHS: Tensor = form(
         q_BWND,
@@ -85,11 +96,12 @@ def window_scores(
         pos_BHS,
         position_BW,
         protected_BHS,
-        rows == "max",
+        ROWS.index(rows),
         group == "max",
         min(ahead, S),
         min(behind, S),
         min(window or 0, MOST_SLOTS),
+        lse_BWN,
     )
     return score_BHS
 
@@ -100,45 +112,35 @@ def reference(
     pos_BHS: Tensor,
     position_BW: Tensor,
     protected_BHS: Tensor,
-    rows_max: bool,
+    rows: int,
     group_max: bool,
     ahead: int,
     behind: int,
     window: int,
+    lse_BWN: Tensor | None,
 ) -> Tensor:
     """What `window_scores` computes, one KV head at a time."""
-    exist_B11 = (position_BW >= 0).sum(1).clamp(min=1)[:, None, None]
+    queries_B11 = (position_BW >= 0).sum(1)[:, None, None]
     score_BHS = torch.empty(k_BHSD.shape[:3], dtype=torch.float32, device=q_BWND.device)
-    for head, weight_BGWS in enumerate(window_weights(q_BWND, k_BHSD, pos_BHS, position_BW, window=window or None)):
-        weight_BGS = weight_BGWS.amax(2) if rows_max else weight_BGWS.sum(2) / exist_B11
-        score_BHS[:, head] = weight_BGS.amax(1) if group_max else weight_BGS.mean(1)
+    for head, weight_BGWS in enumerate(_weights(q_BWND, k_BHSD, pos_BHS, position_BW, window, lse_BWN)):
+        if rows == _ROWS_MAX:
+            of_head_BGS = weight_BGWS.amax(2)
+        elif rows == _ROWS_VARIANCE:
+            apart_BGS = weight_BGWS.square().sum(2) - weight_BGWS.sum(2).square() / queries_B11.clamp(min=1)
+            of_head_BGS = apart_BGS.clamp(min=0) / (queries_B11 - 1).clamp(min=1)
+        elif rows == _ROWS_ENTROPY:
+            of_head_BGS = torch.special.entr(weight_BGWS).sum(2)
+        else:
+            of_head_BGS = weight_BGWS.sum(2) / queries_B11.clamp(min=1)
+        score_BHS[:, head] = of_head_BGS.amax(1) if group_max else of_head_BGS.mean(1)
     padded = F.pad(score_BHS.masked_fill_(protected_BHS, 0.0), (ahead, behind))
     return F.max_pool1d(padded, ahead + 1 + behind, stride=1)
 
 
-def window_weights(
-    q_BWND: Tensor, k_BHSD: Tensor, pos_BHS: Tensor, position_BW: Tensor, *, window: int | None = None
+def _weights(
+    q_BWND: Tensor, k_BHSD: Tensor, pos_BHS: Tensor, position_BW: Tensor, window: int, lse_BWN: Tensor | None
 ) -> Iterator[Tensor]:
-    """Attention weights of W observing queries, for scores that need more of them than `window_scores` gives.
-
-    They come one KV head at a time, so that memory is B·G·W·S fp32 numbers.
-
-    Args:
-        q_BWND: queries of the observation window, after RoPE.
-        k_BHSD: stored keys, after RoPE; those at empty places are not looked at.
-        pos_BHS: int32 absolute positions of the keys; -1 marks an empty place.
-        position_BW: int32 absolute positions of the queries; -1 marks one that does not exist.
-        window: the model's sliding window in tokens, or None.
-
-    Yields:
-        (B, G, W, S) fp32, which the caller may change; a query that sees no key has weights of 0.
-
-    Example:
-        >>> q, k, pos = torch.zeros(1, 2, 1, 4), torch.zeros(1, 1, 2, 4), torch.tensor([[[0, 1]]], dtype=torch.int32)
-        >>> [weight.tolist() for weight in window_weights(q, k, pos, pos[:, 0])]
-        [[[[[1.0, 0.0], [0.5, 0.5]]]]]
-    """
-    N, D = q_BWND.shape[2:]
+    """(B, G, W, S) fp32 weights of one KV head after the other; a query that sees no key has weights of 0."""
     H = k_BHSD.shape[1]
     same_for_all = pos_BHS.stride(1) == 0  # one mask, then
     for head in range(H):
@@ -147,11 +149,16 @@ def window_weights(
             seen_BWS = (pos_B1S >= 0) & (pos_B1S <= position_BW[..., None])
             if window:
                 seen_BWS &= pos_B1S > position_BW[..., None] - window
-            hidden_B1WS, sees_B1W1 = ~seen_BWS[:, None], seen_BWS.any(-1)[:, None, :, None]
-        q_BGWD = q_BWND.unflatten(2, (H, N // H))[:, :, head].transpose(1, 2).float() * D**-0.5
+            hidden_B1WS = ~seen_BWS[:, None]
+        q_BGWD = q_BWND.unflatten(2, (H, -1))[:, :, head].transpose(1, 2).float() * k_BHSD.shape[3] ** -0.5
         logit_BXS = q_BGWD.flatten(1, 2) @ k_BHSD[:, head].float().transpose(-1, -2)  # keys are read once for X = G W
-        logit_BGWS = logit_BXS.unflatten(1, q_BGWD.shape[1:3])
-        yield logit_BGWS.masked_fill_(hidden_B1WS, torch.finfo(torch.float32).min).softmax(-1).mul_(sees_B1W1)
+        logit_BGWS = logit_BXS.unflatten(1, q_BGWD.shape[1:3]).masked_fill_(hidden_B1WS, float("-inf"))
+        if lse_BWN is None:
+            weight_BGWS = logit_BGWS.softmax(-1)
+        else:
+            lse_BGW = lse_BWN.unflatten(2, (H, -1))[:, :, head].transpose(1, 2)
+            weight_BGWS = logit_BGWS.sub_(lse_BGW[..., None]).exp_()
+        yield weight_BGWS.masked_fill_(hidden_B1WS, 0.0)
 
 
 @jit
@@ -248,7 +255,7 @@ def _scores_of_tile(  # type: ignore[no-untyped-def]
     q, k, pos, position, protected, lse, score, W, S, window, scale, G,
     stride_qb, stride_qw, stride_qn, stride_kb, stride_kh, stride_ks, stride_pb, stride_ph, stride_tb,
     stride_gb, stride_gh, stride_gs,
-    ROWS_MAX: tl.constexpr, GROUP_MAX: tl.constexpr, D: tl.constexpr, ALL_W: tl.constexpr,
+    ROWS: tl.constexpr, GROUP_MAX: tl.constexpr, D: tl.constexpr, ALL_W: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of keys of one KV head: the weights of the head's group on them, reduced."""
@@ -265,24 +272,31 @@ def _scores_of_tile(  # type: ignore[no-untyped-def]
     of_group_S = tl.zeros((BLOCK_S,), tl.float32)
     for member in range(G):
         of_head_S = tl.zeros((BLOCK_S,), tl.float32)
+        squares_S = tl.zeros((BLOCK_S,), tl.float32)
         for start in range(0, W, BLOCK_W):
             w = start + tl.arange(0, BLOCK_W)
             logit_SW = _logits(
                 q + member * stride_qn, position, k_SD, pos_S, w, W, window, scale, stride_qw, D, BLOCK_D, UPCAST
             )
-            # A query that sees nothing has no finite logit: any finite LSE gives its weights, which are 0.
             lse_W = tl.load(lse + (head_of_all * G + member) * W + w, mask=w < W, other=0.0)
-            lse_W = tl.where(lse_W == float("-inf"), 0.0, lse_W)
-            weight_SW = tl.exp(logit_SW - lse_W[None, :])
-            if ROWS_MAX:
+            # Whatever the LSE of a query that does not exist or sees nothing is, its weights are 0.
+            weight_SW = tl.where(logit_SW == float("-inf"), 0.0, tl.exp(logit_SW - lse_W[None, :]))
+            if ROWS == 1:
                 of_head_S = tl.maximum(of_head_S, tl.max(weight_SW, 1))
+            elif ROWS == 3:
+                of_head_S += tl.sum(tl.where(weight_SW > 0, weight_SW * (lse_W[None, :] - logit_SW), 0.0), 1)
             else:
                 of_head_S += tl.sum(weight_SW, 1)
+                if ROWS == 2:
+                    squares_S += tl.sum(weight_SW * weight_SW, 1)
+        if ROWS == 2:
+            apart_S = squares_S - of_head_S * of_head_S / tl.maximum(queries, 1)
+            of_head_S = tl.maximum(apart_S, 0.0) / tl.maximum(queries - 1, 1)
         if GROUP_MAX:
             of_group_S = tl.maximum(of_group_S, of_head_S)
         else:
             of_group_S += of_head_S
-    if not ROWS_MAX:
+    if ROWS == 0:
         of_group_S /= tl.maximum(queries, 1)
     if not GROUP_MAX:
         of_group_S /= G
@@ -307,11 +321,12 @@ def launch(
     pos_BHS: Tensor,
     position_BW: Tensor,
     protected_BHS: Tensor,
-    rows_max: bool,
+    rows: int,
     group_max: bool,
     ahead: int,
     behind: int,
     window: int,
+    lse_BWN: Tensor | None,
 ) -> Tensor:
     """The Triton form of `reference`: keys are read once for the LSE of each query, and once for the weights."""
     B, W, N, D = q_BWND.shape
@@ -330,15 +345,18 @@ def launch(
         "D": D, "ALL_W": all_w, "BLOCK_W": min(max(all_w, 16), 64), "BLOCK_S": block_s, "BLOCK_D": block_d,
         "UPCAST": INTERPRETED and q.dtype == torch.bfloat16, "num_stages": 1,
     }  # fmt: skip
-    lse = q.new_empty((tiles, B * N * W), dtype=torch.float32)
-    _lse_of_tile[(tiles, H, B)](q, k, pos, position, lse, *inputs, *strides, **sizes)
-    if tiles > 1:
-        part, lse = lse, lse.new_empty(B * N * W)
-        _merge[(triton.cdiv(B * N * W, 8),)](part, lse, B * N * W, tiles, BLOCK_R=8, BLOCK_T=64)
+    if lse_BWN is not None:
+        lse = lse_BWN.transpose(1, 2).contiguous()
+    else:
+        lse = q.new_empty((tiles, B * N * W), dtype=torch.float32)
+        _lse_of_tile[(tiles, H, B)](q, k, pos, position, lse, *inputs, *strides, **sizes)
+        if tiles > 1:
+            part, lse = lse, lse.new_empty(B * N * W)
+            _merge[(triton.cdiv(B * N * W, 8),)](part, lse, B * N * W, tiles, BLOCK_R=8, BLOCK_T=64)
     score_BHS = lse.new_empty(B, H, S)
     _scores_of_tile[(tiles, H, B)](
         q, k, pos, position, protected_BHS, lse, score_BHS, *inputs, *strides, *protected_BHS.stride(),
-        ROWS_MAX=rows_max, GROUP_MAX=group_max, **sizes,
+        ROWS=rows, GROUP_MAX=group_max, **sizes,
     )  # fmt: skip
     if not ahead + behind:
         return score_BHS
@@ -353,11 +371,12 @@ def fake(
     pos_BHS: Tensor,
     position_BW: Tensor,
     protected_BHS: Tensor,
-    rows_max: bool,
+    rows: int,
     group_max: bool,
     ahead: int,
     behind: int,
     window: int,
+    lse_BWN: Tensor | None,
 ) -> Tensor:
     """An empty result."""
     return torch.empty(k_BHSD.shape[:3], dtype=torch.float32, device=k_BHSD.device)
@@ -368,13 +387,17 @@ def cases() -> Iterator[Case]:
     yield Case(name="one token", make=partial(_arguments, S=1, W=1))
     yield Case(name="S=63, D=80, no neighbours", make=partial(_arguments, S=63, D=80, W=4, ahead=0, behind=0))
     yield Case(name="S=64, G=8, means", make=partial(_arguments, S=64, G=8, W=8))
-    yield Case(name="S=65, D=96, maxima", make=partial(_arguments, S=65, D=96, W=32, rows_max=True, group_max=True))
+    yield Case(name="S=65, D=96, maxima", make=partial(_arguments, S=65, D=96, W=32, rows="max", group_max=True))
     yield Case(name="S=1000, G=1, D=128", make=partial(_arguments, S=1000, G=1, D=128, W=8))
     yield Case(name="S=4200", make=partial(_arguments, S=4200, G=1, H=1, D=16, W=2))
     yield Case(name="3 rows, maximum of means", make=partial(_arguments, B=3, S=70, D=16, W=8, group_max=True))
-    yield Case(name="D=256, sliding", make=partial(_arguments, S=300, D=256, G=1, W=8, rows_max=True, window=100))
+    yield Case(name="D=256, sliding", make=partial(_arguments, S=300, D=256, G=1, W=8, rows="max", window=100))
     yield Case(name="more than 64 queries", make=partial(_arguments, S=200, W=70, H=1))
-    yield Case(name="halo larger than all", make=partial(_arguments, S=20, W=3, ahead=40, behind=30, rows_max=True))
+    yield Case(name="variance", make=partial(_arguments, B=3, S=300, W=20, rows="variance"))
+    yield Case(name="variance of one query", make=partial(_arguments, S=40, W=1, rows="variance", ahead=0, behind=0))
+    yield Case(name="entropy, D=128", make=partial(_arguments, B=2, S=200, D=128, W=33, rows="entropy", window=90))
+    yield Case(name="logarithms given", make=partial(_arguments, B=3, S=100, W=9, lse=True))
+    yield Case(name="halo larger than all", make=partial(_arguments, S=20, W=3, ahead=40, behind=30, rows="max"))
 
 
 def _arguments(
@@ -386,11 +409,12 @@ def _arguments(
     H: int = 2,
     G: int = 4,
     D: int = 64,
-    rows_max: bool = False,
+    rows: str = "mean",
     group_max: bool = False,
     ahead: int = 3,
     behind: int = 2,
     window: int = 0,
+    lse: bool = False,
 ) -> Arguments:
     """The first KV head holds everything, others have empty places with NaN; rows may have fewer than W queries."""
     g = torch.Generator().manual_seed(S)
@@ -402,7 +426,14 @@ def _arguments(
     position = torch.arange(S - W, S, dtype=torch.int32).expand(B, W).clone()
     position[B - 1, : W // 3] = -1
     q = random(B, W, H * G, D, dtype=dtype)
-    return q, k, pos, position.clamp(min=-1), pos >= S - 2, rows_max, group_max, ahead, behind, window
+    how = ROWS.index(rows), group_max, ahead, behind, window
+    return q, k, pos, position, pos >= S - 2, *how, _lse(q, k, pos, position, window) if lse else None
+
+
+def _lse(q_BWND: Tensor, k_BHSD: Tensor, pos_BHS: Tensor, position_BW: Tensor, window: int) -> Tensor:
+    """Of all queries; NaN for those that do not exist."""
+    lse_BWN = ragged_prefill_lse(q_BWND, k_BHSD, k_BHSD, pos_BHS, position_BW, window or None)[1]
+    return lse_BWN.masked_fill(position_BW[..., None] < 0, float("nan"))
 
 
 def bytes_moved(
@@ -411,11 +442,12 @@ def bytes_moved(
     pos_BHS: Tensor,
     position_BW: Tensor,
     protected_BHS: Tensor,
-    rows_max: bool,
+    rows: int,
     group_max: bool,
     ahead: int,
     behind: int,
     window: int,
+    lse_BWN: Tensor | None,
 ) -> int:
     """Queries, every key that can be seen, positions and marks in; scores out."""
     seen = _seen(pos_BHS, position_BW, window)
@@ -429,11 +461,12 @@ def flops(
     pos_BHS: Tensor,
     position_BW: Tensor,
     protected_BHS: Tensor,
-    rows_max: bool,
+    rows: int,
     group_max: bool,
     ahead: int,
     behind: int,
     window: int,
+    lse_BWN: Tensor | None,
 ) -> int:
     """One product of every query with every key that can be seen."""
     _, W, N, D = q_BWND.shape
@@ -453,11 +486,11 @@ def sized(work: Workload) -> Arguments:
     q = torch.empty(B, 32, work.heads, work.head_dim, dtype=work.dtype, device="meta")
     k = torch.empty(B, S, H, work.head_dim, dtype=work.dtype, device="meta").transpose(1, 2)
     pos = torch.arange(S, dtype=torch.int32).expand(B, H, S)
-    return q, k, pos, pos[:, 0, -32:], pos >= S - 32, False, False, 3, 3, 0
+    return q, k, pos, pos[:, 0, -32:], pos >= S - 32, 0, False, 3, 3, 0, None
 
 
 KERNEL = register(
     __name__,
-    "(Tensor q_BWND, Tensor k_BHSD, Tensor pos_BHS, Tensor position_BW, Tensor protected_BHS, bool rows_max, "
-    "bool group_max, int ahead, int behind, int window) -> Tensor",
+    "(Tensor q_BWND, Tensor k_BHSD, Tensor pos_BHS, Tensor position_BW, Tensor protected_BHS, int rows, "
+    "bool group_max, int ahead, int behind, int window, Tensor? lse_BWN) -> Tensor",
 )

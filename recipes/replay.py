@@ -15,9 +15,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from kernels.ragged_prefill import ragged_prefill_lse
 from layers.block import Block
 from layers.cache.arena import ArenaCache
-from layers.cache.base import NoCache
 from layers.cache.prompt import PromptPass
 from layers.compress.scorers import Observation
 from layers.methods.base import Method
@@ -27,11 +27,12 @@ from zoo import Loaded
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """One layer's part of a recorded prefill: all queries, keys and values, the model's sliding window."""
+    """One layer's part of a recorded prefill: what it computed, and the model's sliding window."""
 
     q_BTND: Tensor
     k_BHSD: Tensor
     v_BHSD: Tensor
+    lse_BTN: Tensor
     sliding: int | None
 
 
@@ -72,6 +73,7 @@ class Record:
                 q_BTND=layer.q_BTND[:, :tokens],
                 k_BHSD=layer.k_BHSD[:, :, :tokens],
                 v_BHSD=layer.v_BHSD[:, :, :tokens],
+                lse_BTN=layer.lse_BTN[:, :tokens],
                 sliding=layer.sliding,
             )
             for layer in self.layers
@@ -81,27 +83,26 @@ class Record:
     def attend(self, layer_1: Tensor, q_BTND: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, window: int | None) -> Tensor:
         """Attend within the prompt; see `layers.cache.base.KVCache`."""
         k_BHSD, v_BHSD = k_BTHD.transpose(1, 2), v_BTHD.transpose(1, 2)
-        self.layers.append(Layer(q_BTND=q_BTND, k_BHSD=k_BHSD, v_BHSD=v_BHSD, sliding=window))
-        return NoCache().attend(layer_1, q_BTND, k_BTHD, v_BTHD, window)
+        position_1T = torch.arange(len(self.ids), dtype=torch.int32, device=q_BTND.device)[None]
+        pos_1HS = position_1T[:, None].expand(1, k_BHSD.shape[1], -1)
+        o_BTND, lse_BTN = ragged_prefill_lse(q_BTND, k_BHSD, v_BHSD, pos_1HS, position_1T, window)
+        self.layers.append(Layer(q_BTND=q_BTND, k_BHSD=k_BHSD, v_BHSD=v_BHSD, lse_BTN=lse_BTN, sliding=window))
+        return o_BTND
 
 
 class _Replay(PromptPass):
     """Takes in a prompt that is the same in all rows, so that it is looked at once."""
 
-    _layer_and_first_row: tuple[Observation, Observation] | None = None
-
     def scores(self, seen: Observation) -> Tensor:
-        return super().scores(self._first_row(seen)).expand(len(seen.pos_BHS), -1, -1)
+        return super().scores(_first_row(seen)).expand(len(seen.pos_BHS), -1, -1)
 
     def preference(self, seen: Observation) -> Tensor:
-        return super().preference(self._first_row(seen)).expand(len(seen.pos_BHS))
+        return super().preference(_first_row(seen)).expand(len(seen.pos_BHS))
 
-    def _first_row(self, seen: Observation) -> Observation:
-        """Of a layer always the same observation, for it remembers what it has computed."""
-        if self._layer_and_first_row is None or self._layer_and_first_row[0] is not seen:
-            rows: dict[str, Any] = {name: x[:1] for name, x in vars(seen).items() if isinstance(x, Tensor)}
-            self._layer_and_first_row = seen, replace(seen, **rows)
-        return self._layer_and_first_row[1]
+
+def _first_row(seen: Observation) -> Observation:
+    rows: dict[str, Any] = {name: x[:1] for name, x in vars(seen).items() if isinstance(x, Tensor)}
+    return replace(seen, **rows)
 
 
 class Replay:
@@ -152,7 +153,9 @@ class Replay:
         for index, layer in enumerate(record.layers):
             q_BTND, k_BHSD, v_BHSD = (x.expand(rows, -1, -1, -1) for x in (layer.q_BTND, layer.k_BHSD, layer.v_BHSD))
             layer_1 = torch.tensor([index], device=k_BHSD.device)
-            chunk.keep(layer_1, q_BTND, k_BHSD, v_BHSD, pos_BHS, layer.sliding)
+            chunk.keep(
+                layer_1, q_BTND, k_BHSD, v_BHSD, pos_BHS, layer.sliding, lse_BTN=layer.lse_BTN.expand(rows, -1, -1)
+            )
         chunk.finish()
         self.logits_BV = record.logits_1V.expand(rows, -1)
 

@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.ragged_compact import ragged_compact
+from kernels.ragged_prefill import ragged_prefill_lse
 from layers.budget import parse_budget
 from layers.cache.arena import ArenaCache
 from layers.cache.prompt import PromptPass
 from layers.compress.allocators import HeadImportance, LayerErrors, LayerPreference, LayerTopK, Pyramid, Uniform
 from layers.compress.refiners import ProjectedValues, norm_bounds, projected_norms
-from layers.compress.scorers import ExpectedAttention, KeyDifference, Observation, WindowAttention
+from layers.compress.scorers import AttentionSums, ExpectedAttention, KeyDifference, Observation, WindowAttention
 from layers.compress.sentences import SentenceEnds, spread_within_sentences
 from layers.linear import Linear
 from layers.methods import allocator_names, build_method, method_names, needs_importance
@@ -120,6 +121,42 @@ def test_window_scores_ignore_what_empty_places_hold():
     clean = scorer(seen)
     k[:, :, 4] = float("nan")
     assert torch.equal(scorer(seen), clean)
+
+
+@pytest.mark.parametrize("sliding", [None, 9])
+def test_sums_of_attention_take_what_the_prompts_attention_knows(sliding):
+    q, k, lengths = torch.randn(2, 20, 4, 8), torch.randn(2, 2, 20, 8), torch.tensor([20, 13])
+    position = torch.arange(20, dtype=torch.int32).expand(2, 20)
+    position = position.masked_fill(position >= lengths[:, None], -1)
+    pos = position[:, None].expand(2, 2, 20)
+    lse = ragged_prefill_lse(q, k, k, pos, position, sliding)[1].masked_fill(position[..., None] < 0, float("nan"))
+    tokens = {"k_BHSD": k, "v_BHSD": k, "pos_BHS": pos, "protected_BHS": pos > 99}
+    seen = Observation(q_BTND=q, position_BT=position, sliding=sliding, layer=0, **tokens)
+    sums = AttentionSums()(seen)
+    assert torch.allclose(sums.sum(-1), lengths[:, None].float())
+    assert torch.allclose(AttentionSums()(replace(seen, lse_BTN=lse)), sums, atol=1e-5)
+    assert not torch.allclose(AttentionSums()(replace(seen, lse_BTN=lse + 0.1)), sums, atol=1e-2)
+
+
+def test_only_a_first_chunk_knows_the_sums_of_its_attention():
+    """A later one attends to what is stored too, and narrow windows need a mask: it would cost more than it saves."""
+    shape = ArenaShape(batch=1, num_layers=1, num_kv_heads=1, head_dim=4, slots=9, dtype=torch.float32)
+    method = build_method("h2o")
+    cache, known = ArenaCache(replace(shape, evict=method.evict), "cpu"), []
+
+    class Watching(PromptPass):
+        def scores(self, seen):
+            known.append(seen.lse_BTN is not None)
+            return super().scores(seen)
+
+    for window, is_first in [(None, True), (None, False), (3, True), (5, True)]:
+        if is_first:
+            cache.reset()
+        chunk = Watching(cache, method, keep_BLH=torch.full((1, 1, 1), 8), room=[1], new_tokens=[5])
+        x = torch.randn(1, 5, 1, 4)
+        chunk.attend(torch.tensor([0]), x, x, x, window)
+        chunk.finish()
+    assert known == [True, False, False, True]
 
 
 @settings(max_examples=60, deadline=None)

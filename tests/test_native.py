@@ -960,5 +960,5 @@ def test_windows_at_the_edges():
         assert torch.equal(far, window_scores(q, k, pos, position, **where, ahead=k.shape[2], behind=k.shape[2]))
         with pytest.raises(ValueError, match="q_BWND has no queries"):
             window_scores(q[:, :0], k, pos, position[:, :0], **where, ahead=0, behind=0)
-        nobody = torch.ops.headkv.window_scores(q[:, :0], k, pos, position[:, :0], protected, False, False, 0, 0, 0)
+        nobody = torch.ops.headkv.window_scores(q[:, :0], k, pos, position[:, :0], protected, 0, False, 0, 0, 0, None)
     assert torch.equal(nobody, torch.zeros(k.shape[:3]))

@@ -15,17 +15,21 @@ struct Places {
   }
 };
 
+enum class Rows : int64_t { kMean, kMax, kVariance, kEntropy };  // of a token's weights, over queries
+
 struct Observation {
   int64_t batch, kv_heads, group, queries, places, head_dim;
-  bool rows_max, group_max;
+  Rows rows;
+  bool group_max;
   int64_t ahead, behind, window;  // window 0: none
 };
 
-// q's places are (row, query head, query), those of k, pos and seen (row, KV head, place); position (B, W), score (B, H, S).
+// The places of q and lse are (row, query head, query), those of k, pos and is_protected (row, KV head, place);
+// position (B, W), score (B, H, S). Without a base, lse is computed.
 template <class T>
 void window_scores(const Observation& observation, const Places<const T>& q, const Places<const T>& k,
                    const Places<const int32_t>& pos, const int32_t* position, const Places<const bool>& is_protected,
-                   float* score);
+                   const Places<const float>& lse, float* score);
 
 // The places to keep of one head, in their order: the best `keep` of those that are not empty, the earlier of equals.
 std::vector<int32_t> best_places(const Places<const int32_t>& pos, const Places<const float>& score, int64_t row,

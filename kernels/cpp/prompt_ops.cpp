@@ -20,7 +20,7 @@ void check_sizes(const Tensor& tensor, const std::vector<int64_t>& sizes, Scalar
 Tensor side_by_side(const Tensor& tensor) { return tensor.stride(3) == 1 ? tensor : packed(tensor); }
 
 Tensor window_scores_op(Tensor q_BWND, Tensor k_BHSD, Tensor pos_BHS, Tensor position_BW, Tensor protected_BHS,
-                        bool rows_max, bool group_max, int64_t ahead, int64_t behind, int64_t window) {
+                        int64_t rows, bool group_max, int64_t ahead, int64_t behind, int64_t window, Maybe lse_BWN) {
   const int64_t B = q_BWND.size(0), W = q_BWND.size(1), N = q_BWND.size(2), D = q_BWND.size(3);
   const int64_t H = k_BHSD.size(1), S = k_BHSD.size(2);
   check_sizes(k_BHSD, {B, H, S, D}, q_BWND.scalar_type(), "k");
@@ -28,16 +28,19 @@ Tensor window_scores_op(Tensor q_BWND, Tensor k_BHSD, Tensor pos_BHS, Tensor pos
   check_sizes(position_BW, {B, W}, ScalarType::Int, "position");
   check_sizes(protected_BHS, {B, H, S}, ScalarType::Bool, "protected");
   STD_TORCH_CHECK(H > 0 && N % H == 0, "q must have a multiple of k's heads");
+  STD_TORCH_CHECK(rows >= 0 && rows <= int64_t(Rows::kEntropy), "rows must be from 0 to 3");
+  if (lse_BWN) check_sizes(*lse_BWN, {B, W, N}, ScalarType::Float, "lse");
   STD_TORCH_CHECK(ahead >= 0 && behind >= 0 && window >= 0, "ahead, behind and window must not be negative");
   q_BWND = side_by_side(q_BWND), k_BHSD = side_by_side(k_BHSD), position_BW = packed(position_BW);
-  const Observation observation{B, H, N / H, W, S, D, rows_max, group_max, ahead, behind,
+  const Observation observation{B, H, N / H, W, S, D, Rows(rows), group_max, ahead, behind,
                                 std::min<int64_t>(window, INT32_MAX)};
   Tensor score = allocated({B, H, S}, aoti_torch_dtype_float32());
   for_type(q_BWND, [&](auto zero) {
     using T = decltype(zero);
     window_scores<T>(observation, places<T>(q_BWND, 0, 2, 1), places<T>(k_BHSD, 0, 1, 2),
                      places<int32_t>(pos_BHS, 0, 1, 2), data<int32_t>(position_BW),
-                     places<bool>(protected_BHS, 0, 1, 2), data<float>(score));
+                     places<bool>(protected_BHS, 0, 1, 2),
+                     lse_BWN ? places<float>(*lse_BWN, 0, 2, 1) : Places<const float>{}, data<float>(score));
   });
   return score;
 }

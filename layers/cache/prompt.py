@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.ragged_compact import ragged_compact
-from kernels.ragged_prefill import ragged_prefill
+from kernels.ragged_prefill import ragged_prefill, ragged_prefill_lse
 from layers.cache.arena import ArenaCache
 from layers.cache.past import Past
 from layers.cache.staging import Candidates, Staging
@@ -113,10 +113,15 @@ class PromptPass:
         """Attend, then keep the layer's share; see `layers.cache.base.KVCache`."""
         k_BHSD, v_BHSD, pos_BHS, sums_BHS = self._with_past(layer_1, k_BTHD, v_BTHD)
         turned_BHSD = self._with_turned_sinks(k_BHSD, pos_BHS)
-        o_BTND = ragged_prefill(q_BTND, turned_BHSD, v_BHSD, pos_BHS, self.position_BT, window)
+        dense = turned_BHSD, v_BHSD, pos_BHS
+        lse_BTN = None
+        if self.method.lse and self._past is None and (window is None or window >= q_BTND.shape[1]):  # costs nothing
+            o_BTND, lse_BTN = ragged_prefill_lse(q_BTND, *dense, self.position_BT, window)
+        else:
+            o_BTND = ragged_prefill(q_BTND, *dense, self.position_BT, window)
         if self._layer in self._readers:
-            self._dense[self._layer] = turned_BHSD, v_BHSD, pos_BHS
-        self.keep(layer_1, q_BTND, k_BHSD, v_BHSD, pos_BHS, window, sums_BHS)
+            self._dense[self._layer] = dense
+        self.keep(layer_1, q_BTND, k_BHSD, v_BHSD, pos_BHS, window, sums_BHS, lse_BTN)
         return o_BTND
 
     def read(self, layer_1: Tensor, q_BTND: Tensor, window: int | None) -> Tensor:
@@ -139,6 +144,7 @@ class PromptPass:
         pos_BHS: Tensor,
         window: int | None,
         sums_BHS: Tensor | None = None,
+        lse_BTN: Tensor | None = None,
     ) -> None:
         """Store what the method keeps of a layer; `attend` calls it, and so may who has attended already.
 
@@ -150,6 +156,7 @@ class PromptPass:
             pos_BHS: int32 absolute positions, -1 where empty.
             window: the layer's sliding window in tokens, or None.
             sums_BHS: fp32, what decoding has added up for stored tokens; None where nothing is.
+            lse_BTN: fp32, what `ragged_prefill_lse` says of the new queries; None where nobody asked it.
         """
         keep_BH = self._keep_BLH.index_select(1, layer_1).squeeze(1)
         seen = Observation(
@@ -165,6 +172,7 @@ class PromptPass:
             frequencies_Bd=self._frequencies_Bd,
             sums_BHS=sums_BHS,
             ends_BHS=self._ends(pos_BHS),
+            lse_BTN=lse_BTN,
         )
         self._layer += 1
         worth_BHS = self.scores(seen)

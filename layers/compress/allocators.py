@@ -465,12 +465,12 @@ class LayerPreference:
 
     def preference(self, seen: Observation) -> Tensor:
         """Dispersion and shift of the layer's attention."""
-        moments, group = seen.moments(self.window), seen.q_BTND.shape[2] // seen.k_BHSD.shape[1]
-        entropy_BHS, variance_BHS = (
-            x_BHS.masked_fill(seen.protected_BHS, 0) for x_BHS in (moments.entropy_BHS, moments.variance_BHS)
+        group = seen.q_BTND.shape[2] // seen.k_BHSD.shape[1]
+        # In float64, as the powers would leave fp32's range.
+        dispersion_B, shift_B = (
+            group * seen.attention(self.window, rows=rows).sum((1, 2), dtype=torch.float64)
+            for rows in ("entropy", "variance")
         )
-        # The powers would leave fp32's range.
-        dispersion_B, shift_B = (group * x.sum((1, 2), dtype=torch.float64) for x in (entropy_BHS, variance_BHS))
         return dispersion_B ** (1 / self.tau1) * shift_B ** (1 / self.tau2)
 
     def spread(self, preference_BL: Tensor, *, total_B: Tensor, least_BL: Tensor, most_BL: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -11,27 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.rope import apply_rope
-from kernels.window_scores import window_scores, window_weights
+from kernels.window_scores import window_scores
 from layers.compress.sentences import spread_within_sentences
 from layers.linear import Linear
 
-_TINY = 1e-10  # 0 ln 0 is 0
 _FARTHEST = 2**20  # beyond all contexts, and angles are still numbers
-
-
-@dataclass(frozen=True, kw_only=True)
-class Moments:
-    """How the last queries attend to each token: averages over the query heads that share a KV head.
-
-    Args:
-        mean_BHS: weight A, averaged over the queries.
-        variance_BHS: unbiased variance of the weight from query to query; 0 for a single query.
-        entropy_BHS: -A ln A, summed over the queries.
-    """
-
-    mean_BHS: Tensor
-    variance_BHS: Tensor
-    entropy_BHS: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +35,8 @@ class Observation:
         frequencies_Bd: angular frequencies of RoPE in radians per token; None where nobody gave them.
         sums_BHS: fp32, what decoding has added up for each stored token, 0 for new ones; None where nothing is.
         ends_BHS: bool, tokens that end a sentence; None where nobody said.
+        lse_BTN: fp32, logarithms of the new queries' sums of exponentials, see `ragged_prefill_lse`; None where nobody
+            kept them.
 
     Example:
         >>> x, pos = torch.arange(3.0).view(1, 3, 1, 1), torch.arange(3, dtype=torch.int32)[None]
@@ -72,7 +58,7 @@ class Observation:
     frequencies_Bd: Tensor | None = None
     sums_BHS: Tensor | None = None
     ends_BHS: Tensor | None = None
-    _moments: dict[int, Moments] = field(default_factory=dict, init=False, repr=False)
+    lse_BTN: Tensor | None = None
 
     def last(self, window: int) -> tuple[Tensor, Tensor]:
         """The last new queries of every row, fewer if there are fewer.
@@ -91,26 +77,34 @@ class Observation:
         position_BW = self.position_BT.gather(1, index_BW.clamp(min=0)).masked_fill(index_BW < 0, -1)
         return self.q_BTND[row_B1, index_BW.clamp(min=0)], position_BW
 
-    def moments(self, window: int) -> Moments:
-        """How the last queries attend; computed once, for scores and budgets may both ask.
+    def attention(
+        self, window: int, *, rows: str = "mean", group: str = "mean", ahead: int = 0, behind: int = 0
+    ) -> Tensor:
+        """How the last queries attend to each token, 0 for protected ones; see `kernels.window_scores`.
 
         Args:
             window: how many queries, W.
+            rows: how their weights are reduced.
+            group: "mean" or "max" over the query heads that share a KV head.
+            ahead: tokens after a hot one that share its score.
+            behind: tokens before a hot one that share its score.
+
+        Returns:
+            (B, H, S) fp32.
         """
-        if window not in self._moments:
-            q_BWND, position_BW = self.last(window)
-            queries_B1 = (position_BW >= 0).sum(1, keepdim=True)
-            heads = []
-            for weight_BGWS in window_weights(q_BWND, self.k_BHSD, self.pos_BHS, position_BW, window=self.sliding):
-                group = weight_BGWS.shape[1]
-                mean_BGS = weight_BGWS.sum(2) / queries_B1.clamp(min=1)[..., None]
-                entropy_BS = (weight_BGWS + _TINY).log_().mul_(weight_BGWS).sum((1, 2)) / -group
-                off_BS = weight_BGWS.square_().sum((1, 2)) - queries_B1 * mean_BGS.square().sum(1)
-                variance_BS = off_BS.clamp(min=0) / (queries_B1 - 1).clamp(min=1) / group
-                heads.append((mean_BGS.mean(1), variance_BS, entropy_BS))
-            mean_BHS, variance_BHS, entropy_BHS = (torch.stack(x, dim=1) for x in zip(*heads, strict=True))
-            self._moments[window] = Moments(mean_BHS=mean_BHS, variance_BHS=variance_BHS, entropy_BHS=entropy_BHS)
-        return self._moments[window]
+        q_BWND, position_BW = self.last(window)
+        return window_scores(
+            q_BWND,
+            self.k_BHSD,
+            self.pos_BHS,
+            position_BW,
+            rows=rows,
+            group=group,
+            ahead=ahead,
+            behind=behind,
+            protected_BHS=self.protected_BHS,
+            window=self.sliding,
+        )
 
 
 class Scorer(Protocol):
@@ -182,19 +176,13 @@ class WindowAttention:
                 "stop=sentence needs to know where sentences end: give PromptPass ends_BT, as SentenceEnds makes them "
                 "from token ids (see layers/compress/sentences.py), or take a preset other than adaptive"
             )
-        q_BWND, position_BW = seen.last(self.window)
         pools_max = self.pooling == "max" and not stops
-        score_BHS = window_scores(
-            q_BWND,
-            seen.k_BHSD,
-            seen.pos_BHS,
-            position_BW,
+        score_BHS = seen.attention(
+            self.window,
             rows=self.rows,
             group=self.group,
             ahead=self.ahead if pools_max else 0,
             behind=self.behind if pools_max else 0,
-            protected_BHS=seen.protected_BHS,
-            window=seen.sliding,
         )
         if stops and seen.ends_BHS is not None:
             reach = {"ahead": self.ahead, "behind": self.behind, "always": self.always}
@@ -263,6 +251,7 @@ class AttentionSums:
                 behind=0,
                 protected_BHS=nowhere_BHS[:, :, sees],
                 window=seen.sliding,
+                lse_BWN=None if seen.lse_BTN is None else seen.lse_BTN[:, new],
             )
             sum_BHS[:, :, sees] += mean_BHS * (position_BW >= 0).sum(1)[:, None, None]
         return sum_BHS if seen.sums_BHS is None else sum_BHS + seen.sums_BHS
@@ -309,8 +298,8 @@ class VaryingAttention:
 
     def __call__(self, seen: Observation) -> Tensor:
         """Score by attention and its variance."""
-        moments = seen.moments(self.window)
-        score_BHS = (moments.mean_BHS + self.gamma * moments.variance_BHS).masked_fill(seen.protected_BHS, 0.0)
+        mean_BHS, variance_BHS = (seen.attention(self.window, rows=rows) for rows in ("mean", "variance"))
+        score_BHS = mean_BHS + self.gamma * variance_BHS
         return F.avg_pool1d(score_BHS, self.pool, stride=1, padding=self.pool // 2)
 
 

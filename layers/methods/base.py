@@ -36,6 +36,7 @@ class Method:
             they replace the oldest.
         attention: scores are of attention: at least 0, and in proportion to what queries take from a token.
         sentences: the scorer has to know where sentences end.
+        lse: the scorer is faster if it knows the logarithms of all queries' sums of exponentials.
         default_budget: tokens per KV head when the user names none; None for a method that keeps everything.
         refine: scores a layer's tokens anew once each head's budget is known; None where one look is enough.
         shared_layers: share of the layers that read an earlier layer's keys and values instead of their own.
@@ -54,6 +55,7 @@ class Method:
     evict: ReplaceWorst | None = None
     attention: bool = False
     sentences: bool = False
+    lse: bool = False
     default_budget: int | None = 128
     refine: Refiner | None = None
     shared_layers: float = 0.0

@@ -43,6 +43,7 @@ def build(*, allocator: Allocate = uniform, ratio: float = 0.5) -> Method:
         paper="H2O, arXiv 2306.14048",
         summary="what all queries so far attended to most, and recent tokens",
         attention=True,
+        lse=True,
         scorer=AttentionSums(),
         allocator=allocator(protected=1),
         recent=0,
