@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes.leaderboard import best_first, pool_beside_full, read_rows, read_scores
+from recipes.standings import best_first, pool_beside_full, read_rows, read_scores
 from zoo import cli
 
 if TYPE_CHECKING:

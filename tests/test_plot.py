@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import recipes.compare as compare
-import recipes.leaderboard as leaderboard
 import recipes.plot as plot
 import recipes.report as report
+import recipes.standings as standings
 
 PEERS = Path(__file__).parents[1] / "recipes" / "results" / "bench_peers.jsonl"
 
@@ -138,16 +138,16 @@ def test_caches_are_ranked_by_the_budgets_that_all_have(needles):
         row["results"] = {name: {b: [x, 1] for b, x in line.items()} for name, line in right.items()}
         row["results"]["full"] = {"100": [1, 0.1]}
         row["mebibytes"] = {name: dict.fromkeys(line, 1.0) for name, line in row["results"].items()}
-    full, cells = leaderboard.pool_beside_full(rows)
-    assert leaderboard.best_first(full, cells, 100) == ["kvpress:adakv", "few", "many", "everything"]
+    full, cells = standings.pool_beside_full(rows)
+    assert standings.best_first(full, cells, 100) == ["kvpress:adakv", "few", "many", "everything"]
     labels = [line.get_label() for line in plot.quality(rows).axes[0].lines[:2]]
     assert labels == ["kvpress:adakv (hides tokens, frees none)", "few"]
     del cells[64, "kvpress:adakv"]
     cells[16, "kvpress:adakv"] = cells[32, "many"]
-    assert leaderboard.best_first(full, cells, 100) == ["few", "many", "kvpress:adakv", "everything"]
+    assert standings.best_first(full, cells, 100) == ["few", "many", "kvpress:adakv", "everything"]
     for budget in (32, 64):
         cells[budget, "few"].results.popitem()
-    assert leaderboard.best_first(full, cells, 100) == ["many", "kvpress:adakv", "few", "everything"]
+    assert standings.best_first(full, cells, 100) == ["many", "kvpress:adakv", "few", "everything"]
 
 
 def test_reports_that_cannot_be_made_say_why(needles, tmp_path, capsys):
