@@ -517,8 +517,8 @@ def test_compression_is_timed_beside_its_prefill(
     assert "--budget 40" in made["command"] and "| `h2o` |" in capsys.readouterr().out
     for wrong, message in (
         (["--budget", "8"], "snapkv always keeps 32 tokens: raise --budget from 8"),
-        (["--budget", "0"], "--budget must be at least 1, not 0"),
-        (["--threads", "0"], "--threads must be at least 1, not 0"),
+        (["--budget", "0"], "--budget: '0' is not a whole number from 1"),
+        (["--threads", "0"], "--threads: '0' is not a whole number from 1"),
         (["--caches", "kvsharer"], "cannot be replayed"),
     ):
         assert bench_compression.main([*arguments, "--caches", "snapkv", *wrong]) == 2
