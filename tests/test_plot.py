@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import recipes.plot as plot
 import recipes.report as report
 import recipes.standings as standings
 
-PEERS = Path(__file__).parents[1] / "recipes" / "results" / "bench_peers.jsonl"
+RESULTS = Path(__file__).parents[1] / "recipes" / "results"
+PEERS, HEADS = RESULTS / "bench_peers.jsonl", RESULTS / "heads.png"
 
 
 @pytest.fixture
@@ -45,14 +47,15 @@ def needles(tmp_path):
 
 
 def test_the_report_holds_all_pictures(needles, tmp_path, capsys):
-    arguments = ["--scores", str(needles), "--peers", str(PEERS), "--budget", "64", "--output", str(tmp_path / "out")]
-    assert plot.main(arguments) == 0
+    arguments = ["--scores", str(needles), "--peers", str(PEERS), "--heads", str(HEADS), "--budget", "64"]
+    assert plot.main([*arguments, "--output", str(tmp_path / "out")]) == 0
     names = [f"quality_{n}_{q}" for q in ("seen", "unseen") for n in (100, 200)]
     names += ["depths_64_seen", "depths_64_unseen", "speed"]
     assert {path.stem for path in (tmp_path / "out").glob("*.png")} == set(names)
     report = (tmp_path / "out" / "report.html").read_text()
-    assert report.count("data:image/png;base64,") == len(names) and "http" not in report
-    assert "7 pictures" in capsys.readouterr().out
+    assert report.count("data:image/png;base64,") == len(names) + 1 and "http" not in report
+    assert base64.b64encode(HEADS.read_bytes()).decode() in report
+    assert "8 pictures" in capsys.readouterr().out
 
 
 def test_quality_shows_the_numbers(needles):
@@ -76,7 +79,11 @@ def test_without_needles_there_are_no_depths(needles):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [([], "nothing to plot"), (["--scores", "/nowhere.jsonl"], "no file /nowhere.jsonl")],
+    [
+        ([], "nothing to plot"),
+        (["--scores", "/nowhere.jsonl"], "no file /nowhere.jsonl"),
+        (["--heads", str(PEERS)], "bench_peers.jsonl is no PNG"),
+    ],
 )
 def test_what_cannot_be_plotted_is_said(arguments, message, capsys):
     assert plot.main(arguments) == 2
