@@ -8,7 +8,6 @@ them in turn, several rounds in one process. What decoding costs is measured by 
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 import statistics
@@ -25,7 +24,7 @@ from kernels import native
 from layers.methods import build_method, method_names, needs_importance
 from recipes.questions import make_questions
 from recipes.replay import Record, Replay
-from zoo import Loaded, load, machine
+from zoo import Loaded, cli, load, machine
 from zoo.load import DTYPES, head_importance
 
 ROOM = 64
@@ -71,25 +70,23 @@ def measure(loaded: Loaded, *, tokens: int, caches: list[str], budget: int, roun
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
     changes_layers = "kvsharer"  # another model, whose prefill cannot be replayed
-    parser = argparse.ArgumentParser(prog="python -m recipes.bench_compression", description=__doc__.splitlines()[0])
+    count = cli.whole_number(1)
+    parser = cli.Parser(prog="python -m recipes.bench_compression", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m", help="alias, directory, .gguf file or hub id")
-    parser.add_argument("--tokens", type=int, default=2000, help="prompt length")
+    parser.add_argument("--tokens", type=count, default=2000, help="prompt length")
     parser.add_argument(
         "--caches",
         nargs="+",
         default=[name for name in method_names() if name != changes_layers],
         help=f"methods with options (default: all but {changes_layers})",
     )
-    parser.add_argument("--budget", type=int, default=128, help="tokens per KV head")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--budget", type=count, default=128, help="tokens per KV head")
+    parser.add_argument("--rounds", type=count, default=5)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--threads", type=cli.whole_number(1, 1024), help="CPU threads")
     parser.add_argument("--output", type=Path, help="json file for the seconds of every round")
-    args = parser.parse_args(argv)
     try:
-        for name in ("rounds", "threads", "budget", "tokens"):
-            if (value := getattr(args, name)) is not None and value < 1:
-                raise ValueError(f"--{name} must be at least 1, not {value}")
+        args = parser.parse_args(argv)
         commit = machine.commit()
         if args.threads:
             torch.set_num_threads(args.threads)

@@ -22,7 +22,7 @@ import torch
 
 from checkpoints import CheckpointError
 from checkpoints.resolve import DEFAULT_MODEL, resolve
-from recipes.perplexity import windows
+from recipes.perplexity import manual, windows
 from zoo import Loaded, machine
 from zoo.cli import whole_number
 
@@ -35,7 +35,7 @@ def texts(loaded: Loaded, count: int, tokens: int) -> list[str]:
         count: how many.
         tokens: of the longest.
     """
-    pieces = windows(loaded, count, tokens)
+    pieces = windows(loaded, manual(), count, tokens)
     return [loaded.tokenizer.decode(ids[: tokens - tokens * i // (2 * count)]) for i, ids in enumerate(pieces)]
 
 

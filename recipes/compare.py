@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from recipes.leaderboard import SCORES, Pooled, bootstrap, parts, pool, read_scores
+from recipes.standings import SCORES, Pooled, bootstrap, parts, pool, read_scores
 from zoo import cli
 
 

@@ -1,13 +1,17 @@
 """How much weights of lower precision, or a compressed context, cost: perplexity on the same text, and the difference.
 
-The text is the reference manual that ships inside Python (`pydoc_data.topics`, PSF licence): prose that nobody has to
-download. Absolute perplexities on it say little; what counts is the difference, paired window by window, with its
-interval. With a cache, a window is read in chunks: each is scored through what the cache kept of the chunks before it,
-then compressed itself. The first chunk, which has nothing before it, is not counted.
+    python -m recipes.perplexity --text book.txt --cache headkv --budget 64
+
+Without a text of yours it is the reference manual that ships inside Python (`pydoc_data.topics`, PSF licence): prose
+that nobody has to download. Absolute perplexities say little, as windows begin in the middle of the text; what counts
+is the difference, paired window by window, with its interval. With a cache, a window is read in chunks: each is scored
+through what the cache kept of the chunks before it, then compressed itself. The first chunk, which has nothing before
+it, is not counted.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import sys
@@ -23,11 +27,19 @@ from zoo import Engine, cli, load
 from zoo.load import DTYPES, Loaded
 
 
-def windows(loaded: Loaded, count: int, tokens: int) -> list[list[int]]:
-    """Consecutive windows of the text, by the model's own tokenizer.
+def manual() -> str:
+    """The reference manual that ships inside Python."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def windows(loaded: Loaded, text: str, count: int, tokens: int) -> list[list[int]]:
+    """Consecutive windows from the beginning of a text, by the model's own tokenizer.
 
     Args:
         loaded: the model whose tokenizer cuts the text.
+        text: the text.
         count: windows wanted.
         tokens: length of each.
 
@@ -37,12 +49,11 @@ def windows(loaded: Loaded, count: int, tokens: int) -> list[list[int]]:
     Raises:
         ValueError: the text is shorter than that.
     """
-    from pydoc_data.topics import topics
-
-    text = "\n\n".join(topics[name] for name in sorted(topics))
-    ids = loaded.tokenizer.encode(text[: count * tokens * 8])
+    ids = loaded.tokenizer.encode(text)
     if len(ids) < count * tokens:
-        raise ValueError(f"the text has {len(ids)} tokens, not {count} windows of {tokens}: ask for fewer")
+        raise ValueError(
+            f"the text has {len(ids)} tokens, not {count} windows of {tokens}: ask for fewer or shorter ones"
+        )
     return [ids[i * tokens : (i + 1) * tokens] for i in range(count)]
 
 
@@ -55,7 +66,8 @@ def nll(loaded: Loaded, ids: Sequence[int], start: int = 1) -> float:
         ids: the window.
         start: the first token to count, at least 1.
     """
-    return _mean_nll(loaded.model(torch.tensor([ids]))[0], ids, start)
+    ids_1T = torch.tensor([ids], device=loaded.model.embed.weight.device)
+    return _mean_nll(loaded.model(ids_1T)[0], ids, start)
 
 
 @torch.inference_mode()
@@ -80,7 +92,8 @@ def compressed_nll(engine: Engine, ids: Sequence[int], chunk: int) -> float:
 
 
 def _mean_nll(logits_TV: torch.Tensor, ids: Sequence[int], start: int) -> float:
-    return F.cross_entropy(logits_TV[start - 1 : -1].float(), torch.tensor(ids[start:])).item()
+    wanted_T = torch.tensor(ids[start:], device=logits_TV.device)
+    return F.cross_entropy(logits_TV[start - 1 : -1].float(), wanted_T).item()
 
 
 def compare(base: Sequence[float], other: Sequence[float]) -> dict[str, float]:
@@ -130,36 +143,51 @@ def _main(argv: Sequence[str] | None) -> None:
     other.add_argument("--against", choices=[*DTYPES, "int8"], default="int8", help="weights (default: %(default)s)")
     other.add_argument("--cache", metavar="C", help="against the same weights with this cache, as for zoo.chat")
     parser.add_argument("--budget", metavar="B", help="of the cache, as for zoo.chat")
+    parser.add_argument("--importance", type=Path, metavar="P", help="of the cache's heads, as for zoo.chat")
+    parser.add_argument("--sharing", type=Path, metavar="P", help="of the cache's layers, as for zoo.chat")
     parser.add_argument("--chunk", type=whole, default=256, help="tokens compressed at a time (default: %(default)s)")
+    parser.add_argument("--text", type=Path, metavar="P", help="a UTF-8 file (default: Python's reference manual)")
     parser.add_argument("--windows", type=whole, default=24, help="default: %(default)s")
     parser.add_argument("--tokens", type=whole, default=1024, help="per window (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", metavar="D", help="as for zoo.chat (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     args = parser.parse_args(argv)
     if args.output and not args.output.parent.is_dir():
         raise ValueError(f"--output {args.output} cannot be written: there is no folder {args.output.parent}")
-    if args.cache is None and args.budget is not None:
-        raise ValueError("--budget is a cache's: give --cache too")
-    if args.cache is not None and args.chunk >= args.tokens:
-        raise ValueError(f"windows of {args.tokens} tokens hold no second chunk of {args.chunk}: lower --chunk")
-    base = load(args.model, dtype=args.dtype)
+    of_cache = ("budget", "importance", "sharing")
+    if args.cache is not None:
+        cli.check_cache(args)
+        if args.chunk >= args.tokens:
+            raise ValueError(f"windows of {args.tokens} tokens hold no second chunk of {args.chunk}: lower --chunk")
+    elif idle := [f"--{name}" for name in of_cache if getattr(args, name) is not None]:
+        raise ValueError(f"only a cache takes {' and '.join(idle)}: give --cache too")
+    text = manual() if args.text is None else cli.decoded(args.text.read_bytes(), str(args.text))
+    load_on = partial(load, args.model, device=args.device, progress=sys.stderr.isatty())
+    base = load_on(dtype=args.dtype)
+    with cli.waiting("Reading the text"):
+        texts = windows(base, text, args.windows, args.tokens)
     if args.cache is not None:
         args.against = args.cache if args.budget is None else f"{args.cache} at {args.budget}"
-        engine = Engine(base, cache=args.cache, budget=args.budget, max_context=args.tokens, max_new_tokens=1)
+        options = {name: getattr(args, name) for name in of_cache}
+        engine = Engine(base, cache=args.cache, max_context=args.tokens, max_new_tokens=1, **options)
         first, score = args.chunk, partial(compressed_nll, engine, chunk=args.chunk)
     else:
         weights = {"weights": "int8", "dtype": args.dtype} if args.against == "int8" else {"dtype": args.against}
-        first, score = 1, partial(nll, load(args.model, **weights))
+        first, score = 1, partial(nll, load_on(**weights))
 
+    from rich.console import Console
     from rich.progress import track
 
-    texts = windows(base, args.windows, args.tokens)
-    shown = track(texts, "windows", disable=not sys.stderr.isatty())
+    console = Console(stderr=True)
+    shown = track(texts, "windows", console=console, disable=not console.is_terminal)
     scores = [(nll(base, ids, first), score(ids=ids)) for ids in shown]
-    unused = {"output"} if args.cache is not None else {"output", "cache", "budget", "chunk"}
+    unused = {"output"} if args.cache is not None else {"output", "cache", "chunk", *of_cache}
     settings = {key: value for key, value in vars(args).items() if key not in unused}
+    settings["text"] = str(args.text or "pydoc_data.topics")
+    settings["text_sha256"] = hashlib.sha256(text.encode()).hexdigest()
     result = settings | compare(*(list(column) for column in zip(*scores, strict=True)))
     if args.output:
-        args.output.write_text(json.dumps(result) + "\n")
+        args.output.write_text(json.dumps(result, default=str) + "\n")
     print(
         f"{args.dtype} {result['perplexity']:.3f}, {args.against} {result['other_perplexity']:.3f}: "
         f"{result['difference_percent']:+.2f} % [{result['difference_low_percent']:+.2f}, "

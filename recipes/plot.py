@@ -3,7 +3,7 @@
     python -m recipes.plot --scores recipes/results/leaderboard.jsonl --peers recipes/results/bench_peers.jsonl
 
 Quality against bytes for every cache, needles by depth, and decoding time by context beside other programs. The page
-needs no other file.
+needs no other file. `--heads recipes/results/heads.png` adds a picture of `recipes.plot_heads`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes.leaderboard import best_first, pool_beside_full, read_rows, read_scores
+from recipes.standings import best_first, pool_beside_full, read_rows, read_scores
 from zoo import cli
 
 if TYPE_CHECKING:
@@ -205,22 +205,27 @@ def main(argv: list[str] | None = None) -> int:
     parser = cli.Parser(prog="python -m recipes.plot", description=__doc__.splitlines()[0])
     parser.add_argument("--scores", type=Path, help="jsonl file of recipes.leaderboard")
     parser.add_argument("--peers", type=Path, help="jsonl file of recipes.bench_peers")
+    parser.add_argument("--heads", type=Path, help="PNG of recipes.plot_heads, for the page")
     parser.add_argument(
         "--budget", type=cli.whole_number(1), default=64, help="tokens per KV head in the picture of depths"
     )
     parser.add_argument("--output", type=Path, default=Path("plots"), help="folder for the pictures and report.html")
     try:
         args = parser.parse_args(argv)
-        if not (args.scores or args.peers):
-            raise ValueError("there is nothing to plot: give --scores or --peers")
-        for path in filter(None, (args.scores, args.peers)):
+        if not (given := [path for path in (args.scores, args.peers, args.heads) if path]):
+            raise ValueError("there is nothing to plot: give --scores, --peers or --heads")
+        for path in given:
             if not path.exists():
                 raise ValueError(f"there is no file {path}")
+        if args.heads and not args.heads.read_bytes().startswith(b"\x89PNG"):
+            raise ValueError(f"{args.heads} is no PNG: python -m recipes.plot_heads --output heads.png makes one")
         args.output.mkdir(parents=True, exist_ok=True)
         pictures = {}
         for name, figure in figures(args.scores, args.peers, args.budget):
             pictures[name] = args.output / f"{name}.png"
             figure.savefig(pictures[name], dpi=110)
+        if args.heads:
+            pictures["heads"] = args.heads
         report = args.output / "report.html"
         report.write_text(page(pictures))
     except (ValueError, OSError) as error:

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes import leaderboard, plot
-from recipes.leaderboard import SCORES, best_first, common_budgets, parts, pool_beside_full, read_scores
+from recipes import plot, standings
 from recipes.needles import TASKS as NEEDLES
+from recipes.standings import SCORES, best_first, common_budgets, parts, pool_beside_full, read_scores
 from zoo import cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,7 +72,7 @@ def interval(right: int, asked: int) -> str:
         >>> interval(20, 40)
         '20 of 40 right is 35 to 65 %'
     """
-    low, high = leaderboard.wilson(right, asked)
+    low, high = standings.wilson(right, asked)
     return f"{right} of {asked} right is {100 * low:.0f} to {100 * high:.0f} %"
 
 
@@ -98,7 +98,7 @@ def texts(scores: Path, readme: Path) -> dict[Path, str]:
     text, count = SECTION.subn(lambda _: section, readme.read_text())
     if count != 1:
         raise ValueError(f"{readme} needs the lines <!-- quality: begin --> and <!-- quality: end --> for its tables")
-    return {readme: text, table: leaderboard.table(rows)}
+    return {readme: text, table: standings.table(rows)}
 
 
 def main(argv: list[str] | None = None) -> int:

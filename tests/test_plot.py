@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 
 import pytest
 
 import recipes.compare as compare
-import recipes.leaderboard as leaderboard
 import recipes.plot as plot
 import recipes.report as report
+import recipes.standings as standings
 
-PEERS = Path(__file__).parents[1] / "recipes" / "results" / "bench_peers.jsonl"
+RESULTS = Path(__file__).parents[1] / "recipes" / "results"
+PEERS, HEADS = RESULTS / "bench_peers.jsonl", RESULTS / "heads.png"
 
 
 @pytest.fixture
@@ -45,14 +47,15 @@ def needles(tmp_path):
 
 
 def test_the_report_holds_all_pictures(needles, tmp_path, capsys):
-    arguments = ["--scores", str(needles), "--peers", str(PEERS), "--budget", "64", "--output", str(tmp_path / "out")]
-    assert plot.main(arguments) == 0
+    arguments = ["--scores", str(needles), "--peers", str(PEERS), "--heads", str(HEADS), "--budget", "64"]
+    assert plot.main([*arguments, "--output", str(tmp_path / "out")]) == 0
     names = [f"quality_{n}_{q}" for q in ("seen", "unseen") for n in (100, 200)]
     names += ["depths_64_seen", "depths_64_unseen", "speed"]
     assert {path.stem for path in (tmp_path / "out").glob("*.png")} == set(names)
     report = (tmp_path / "out" / "report.html").read_text()
-    assert report.count("data:image/png;base64,") == len(names) and "http" not in report
-    assert "7 pictures" in capsys.readouterr().out
+    assert report.count("data:image/png;base64,") == len(names) + 1 and "http" not in report
+    assert base64.b64encode(HEADS.read_bytes()).decode() in report
+    assert "8 pictures" in capsys.readouterr().out
 
 
 def test_quality_shows_the_numbers(needles):
@@ -76,7 +79,11 @@ def test_without_needles_there_are_no_depths(needles):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [([], "nothing to plot"), (["--scores", "/nowhere.jsonl"], "no file /nowhere.jsonl")],
+    [
+        ([], "nothing to plot"),
+        (["--scores", "/nowhere.jsonl"], "no file /nowhere.jsonl"),
+        (["--heads", str(PEERS)], "bench_peers.jsonl is no PNG"),
+    ],
 )
 def test_what_cannot_be_plotted_is_said(arguments, message, capsys):
     assert plot.main(arguments) == 2
@@ -138,16 +145,16 @@ def test_caches_are_ranked_by_the_budgets_that_all_have(needles):
         row["results"] = {name: {b: [x, 1] for b, x in line.items()} for name, line in right.items()}
         row["results"]["full"] = {"100": [1, 0.1]}
         row["mebibytes"] = {name: dict.fromkeys(line, 1.0) for name, line in row["results"].items()}
-    full, cells = leaderboard.pool_beside_full(rows)
-    assert leaderboard.best_first(full, cells, 100) == ["kvpress:adakv", "few", "many", "everything"]
+    full, cells = standings.pool_beside_full(rows)
+    assert standings.best_first(full, cells, 100) == ["kvpress:adakv", "few", "many", "everything"]
     labels = [line.get_label() for line in plot.quality(rows).axes[0].lines[:2]]
     assert labels == ["kvpress:adakv (hides tokens, frees none)", "few"]
     del cells[64, "kvpress:adakv"]
     cells[16, "kvpress:adakv"] = cells[32, "many"]
-    assert leaderboard.best_first(full, cells, 100) == ["few", "many", "kvpress:adakv", "everything"]
+    assert standings.best_first(full, cells, 100) == ["few", "many", "kvpress:adakv", "everything"]
     for budget in (32, 64):
         cells[budget, "few"].results.popitem()
-    assert leaderboard.best_first(full, cells, 100) == ["many", "kvpress:adakv", "few", "everything"]
+    assert standings.best_first(full, cells, 100) == ["many", "kvpress:adakv", "few", "everything"]
 
 
 def test_reports_that_cannot_be_made_say_why(needles, tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import replace
@@ -26,7 +27,7 @@ from recipes.needles import SPLITS, TASKS, NeedlePrompt, make_prompt, make_promp
 from recipes.questions import make_questions
 from recipes.replay import Record, Replay, answer, generate
 from tests import tiny, tiny_chat
-from zoo import Engine, Loaded
+from zoo import Engine, Loaded, load
 from zoo.load import head_importance
 
 LENGTH = 200
@@ -517,8 +518,8 @@ def test_compression_is_timed_beside_its_prefill(
     assert "--budget 40" in made["command"] and "| `h2o` |" in capsys.readouterr().out
     for wrong, message in (
         (["--budget", "8"], "snapkv always keeps 32 tokens: raise --budget from 8"),
-        (["--budget", "0"], "--budget must be at least 1, not 0"),
-        (["--threads", "0"], "--threads must be at least 1, not 0"),
+        (["--budget", "0"], "--budget: '0' is not a whole number from 1"),
+        (["--threads", "0"], "--threads: '0' is not a whole number from 1"),
         (["--caches", "kvsharer"], "cannot be replayed"),
     ):
         assert bench_compression.main([*arguments, "--caches", "snapkv", *wrong]) == 2
@@ -627,7 +628,9 @@ def test_perplexity(tmp_path, capsys):
     assert other["difference_low_percent"] < other["difference_percent"] < other["difference_high_percent"]
     capsys.readouterr()
     alone = (["--windows", "1"], ["--against", "int4"], ["--bogus"], ["--output", "/nowhere/x.json"], ["--budget", "9"])
-    for wrong in (*alone, ["--cache", "full", "--chunk", "20"], ["--cache", "full", "--against", "int8"]):
+    alone += (["--importance", "x"], ["--text", "/nowhere"], ["--windows", "99999"], ["--device", "nowhere"])
+    with_cache = (["--chunk", "20"], ["--against", "int8"], ["--budget", "9"], ["--sharing", "x"])
+    for wrong in (*alone, *(["--cache", "full", *more] for more in with_cache)):
         assert perplexity.main([*options, *wrong]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
 
@@ -641,3 +644,22 @@ def test_perplexity_with_the_context_compressed(tmp_path):
     assert perplexity.main([*options, "streaming:sinks=1", "--budget", "3"]) == 0
     less = json.loads(output.read_text())
     assert less["perplexity"] == full["perplexity"] and abs(less["difference_percent"]) > 0.01
+
+
+def test_perplexity_of_a_text_of_ones_own(tmp_path):
+    """A token is a byte here. Importance is read, and its file belongs to the model."""
+    model, output, text = tiny_chat.write(tmp_path / "tiny"), tmp_path / "figures.json", tmp_path / "own.txt"
+    text.write_bytes(b"\xef\xbb\xbf" + b"No two sheep are the same. " * 8)
+    options = ["--model", str(model), "--windows", "4", "--tokens", "50", "--chunk", "25", "--output", str(output)]
+    options += ["--text", str(text), "--cache", "headkv:window=2", "--budget", "8"]
+    assert perplexity.main(options) == 2  # no importance ships for this model
+    scores = tiny_chat.write_scores(model, tmp_path / "scores.json")
+    assert perplexity.main([*options, "--importance", str(scores)]) == 0
+    made = json.loads(output.read_text())
+    loaded = load(str(model))
+    texts = perplexity.windows(loaded, "No two sheep are the same. " * 8, 4, 50)
+    dense = [perplexity.nll(loaded, ids, 25) for ids in texts]
+    assert made["perplexity"] == pytest.approx(math.exp(sum(dense) / 4)) and abs(made["difference_percent"]) > 0.01
+    assert (made["text"], made["importance"]) == (str(text), str(scores))
+    text.write_bytes(b"\xff")
+    assert perplexity.main([*options, "--importance", str(scores)]) == 2

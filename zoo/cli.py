@@ -361,6 +361,27 @@ def load_model(args: argparse.Namespace) -> Loaded:
     Raises:
         ValueError: options that contradict each other; see `zoo.load.load` and `layers.methods.build_method`.
     """
+    check_cache(args)
+    if args.compile and not has_compiler():
+        raise ValueError("--compile needs a C++ compiler and there is none: install g++, or pass --no-compile")
+    if args.compile is not False and args.device == "cpu":
+        native.start()
+    if args.threads is not None:
+        import torch
+
+        torch.set_num_threads(args.threads)
+    return load(args.model, dtype=args.dtype, weights=args.weights, device=args.device, progress=sys.stderr.isatty())
+
+
+def check_cache(args: argparse.Namespace) -> None:
+    """Refuse options of a cache that would change nothing.
+
+    Args:
+        args: with `cache`, `budget`, `importance` and `sharing`.
+
+    Raises:
+        ValueError: the cache has no use for one of them; see also `layers.methods.build_method`.
+    """
     from layers.methods import needs_importance
 
     method = described(args.cache)
@@ -372,15 +393,6 @@ def load_model(args: argparse.Namespace) -> Loaded:
         raise ValueError(f"--cache {method.name} does not use head importance: drop --importance {args.importance}")
     if args.sharing is not None and not method.shared_layers:
         raise ValueError(f"--cache {method.name} shares no layers: drop --sharing {args.sharing}")
-    if args.compile and not has_compiler():
-        raise ValueError("--compile needs a C++ compiler and there is none: install g++, or pass --no-compile")
-    if args.compile is not False and args.device == "cpu":
-        native.start()
-    if args.threads is not None:
-        import torch
-
-        torch.set_num_threads(args.threads)
-    return load(args.model, dtype=args.dtype, weights=args.weights, device=args.device, progress=sys.stderr.isatty())
 
 
 def described(spec: str) -> Method:
