@@ -18,7 +18,7 @@ from layers.compress.refiners import ProjectedValues, norm_bounds, projected_nor
 from layers.compress.scorers import ExpectedAttention, KeyDifference, Observation, WindowAttention
 from layers.compress.sentences import SentenceEnds, spread_within_sentences
 from layers.linear import Linear
-from layers.methods import allocator_names, build_method, method_names, needs_importance
+from layers.methods import allocator_names, build_method, describe, method_names, needs_importance
 from layers.plan import ArenaShape, offsets
 from layers.quantize import quantize_weights
 
@@ -557,6 +557,35 @@ def test_any_scores_go_with_any_budgets(name, allocator):
         ) == repr(method)
 
 
+@pytest.mark.parametrize("spec", [*method_names(), *(f"snapkv:allocator={name}" for name in allocator_names())])
+def test_every_option_is_explained_and_its_default_may_be_written_out(spec):
+    about, plain = describe(spec), build_method(spec, IMPORTANCE)
+    for name, option in about.options.items():
+        assert len(option.meaning) > 10, name
+        written = f"{about.name}:{name}={option.written}"
+        if name != "allocator" and about.allocator:
+            written += f",allocator={about.allocator}"
+        same = build_method(written, IMPORTANCE)
+        assert repr(same) == repr(plain if name != "allocator" else build_method(about.name, IMPORTANCE))
+    for preset, scoring in about.presets.items():
+        all_of_it = ",".join(f"{name}={getattr(scoring, name)}" for name in about.scoring)
+        written, short = (build_method(f"{about.name}:{x}", IMPORTANCE) for x in (all_of_it, f"preset={preset}"))
+        assert repr(written) == repr(short)
+
+
+def test_what_users_may_set_is_what_functions_take():
+    assert list(describe("full").options) == list(describe("tova").options) == []
+    assert (
+        list(describe("criticalkv+headkv").options) == ["alpha"] and describe("criticalkv+headkv").changes == "headkv"
+    )
+    assert list(describe("h2o").options) == ["allocator", "ratio"]
+    assert list(describe("h2o:allocator=headkv").budgets) == ["scores", "beta", "compat"]
+    assert (describe("headkv").choices["preset"].default, describe("snapkv").choices["preset"].default) == (
+        "tuned",
+        "published",
+    )
+
+
 def test_headkv_r2_is_headkv_with_other_settings():
     for one, other in [
         ("headkv-r2", "headkv:preset=published,beta=1.01"),
@@ -760,8 +789,8 @@ def test_a_calibration_without_what_a_method_needs_says_what_makes_it(spec, miss
         ("tova:allocator=adakv", "tova has no option 'allocator=adakv': it takes none"),
         ("h2o:ratio=1.5", "h2o:ratio=1.5: ratio must be a share of the budget between 0 and 1, not 1.5"),
         ("full:allocator=adakv", "full has no option 'allocator=adakv': it takes none"),
-        ("snapkv:beta=2", "no option 'beta=2': write name=value with allocator, window"),
-        ("headkv:allocator=adakv,beta=2", "with allocator, alpha, compat"),
+        ("snapkv:beta=2", "no option 'beta=2': write name=value with allocator, preset, window"),
+        ("headkv:allocator=adakv,beta=2", "with allocator, preset, alpha, compat"),
         ("keydiff:preset=tuned", "with allocator, sinks, recent"),
         ("adakv:alpha=1.5", "alpha must be between 0 and 1"),
         ("adakv:alpha=nan", "alpha must be between 0 and 1"),

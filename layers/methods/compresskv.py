@@ -25,8 +25,8 @@ def allocate(*, protected: int, importance: Mapping[str, Tensor], floor: int = 3
     Args:
         protected: tokens that every head keeps whatever their score.
         importance: what calibration found: "layer_errors", (L,).
-        floor: m, at least `protected` in effect.
-        ceiling: M / C, >= 1.
+        floor: tokens that every layer keeps, m; never less than what is protected.
+        ceiling: the most that a layer keeps, M, in budgets; >= 1.
 
     Raises:
         ValueError: no layer errors are given.
