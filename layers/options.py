@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -104,3 +105,30 @@ def read_options(owner: str, text: str, options: Mapping[str, Option]) -> dict[s
         except ValueError:
             raise ValueError(f"{owner}: option {name} takes {options[name].type}, not {value!r}") from None
     return values
+
+
+def check_range(name: str, value: float, least: float, most: float = math.inf, *, below: float | None = None) -> None:
+    """Refuse a number that is out of range, NaN included.
+
+    Args:
+        name: what the number is called.
+        value: the number.
+        least: smallest that is allowed.
+        most: largest that is allowed.
+        below: smallest that is too large.
+
+    Raises:
+        ValueError: it is out of range.
+
+    Example:
+        >>> check_range("alpha", 2.0, 0, 1)
+        Traceback (most recent call last):
+        ValueError: alpha must be from 0 to 1, not 2.0
+    """
+    if least <= value <= most and (below is None or value < below):
+        return
+    if below is not None:
+        bounds = f"at least {least:,} and below {below:,}"
+    else:
+        bounds = f"at least {least:,}" if most == math.inf else f"from {least:,} to {most:,}"
+    raise ValueError(f"{name} must be {bounds}, not {value}")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from layers.compress.scorers import Observation
+from layers.options import check_range
 
 
 class Allocator(Protocol):
@@ -169,8 +170,7 @@ class HeadImportance:
     compat: bool = False
 
     def __post_init__(self) -> None:
-        if not self.beta >= 1:
-            raise ValueError(f"beta must be at least 1, not {self.beta}: larger values share less")
+        check_range("beta", self.beta, 1)
 
     def __call__(self, *, budget: int, prompt: int, num_layers: int, num_kv_heads: int) -> Tensor:
         """Share the budget out; the scores must be those of a model with as many layers and a multiple of its KV heads.
@@ -236,8 +236,7 @@ class Pyramid:
     compat: bool = False
 
     def __post_init__(self) -> None:
-        if not self.beta >= 1:
-            raise ValueError(f"beta must be at least 1, not {self.beta}: 1 is uniform, larger values are steeper")
+        check_range("beta", self.beta, 1)
 
     def __call__(self, *, budget: int, prompt: int, num_layers: int, num_kv_heads: int) -> Tensor:
         """Share the budget out."""
@@ -294,10 +293,8 @@ class LayerErrors:
     protected: int
 
     def __post_init__(self) -> None:
-        if not self.ceiling >= 1 or self.floor < 0:
-            raise ValueError(
-                f"ceiling must be at least 1 budget and floor at least 0 tokens, not {self.ceiling} and {self.floor}"
-            )
+        check_range("floor", self.floor, 0)
+        check_range("ceiling", self.ceiling, 1)
 
     def __call__(self, *, budget: int, prompt: int, num_layers: int, num_kv_heads: int) -> Tensor:
         """Share the budget out; the errors must be those of a model with as many layers.
@@ -362,8 +359,7 @@ class LayerTopK:
     compat: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha must be between 0 and 1, not {self.alpha}")
+        check_range("alpha", self.alpha, 0, 1)
 
     def __call__(self, *, budget: int, prompt: int, num_layers: int, num_kv_heads: int) -> Tensor:
         """Give every layer the same total: that of equal heads, and room for published rounding."""
@@ -446,10 +442,9 @@ class LayerPreference:
     compat: bool = False
 
     def __post_init__(self) -> None:
-        if self.window < 1:
-            raise ValueError(f"window must be at least 1, not {self.window}")
-        if not (self.tau1 >= 0.1 and self.tau2 >= 0.1):
-            raise ValueError(f"tau1 and tau2 must be at least 0.1, not {self.tau1} and {self.tau2}")
+        check_range("window", self.window, 1)
+        check_range("tau1", self.tau1, 0.1)
+        check_range("tau2", self.tau2, 0.1)
 
     def __call__(self, *, budget: int, prompt: int, num_layers: int, num_kv_heads: int) -> Tensor:
         """Give every head the same: only the total counts."""

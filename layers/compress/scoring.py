@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from layers.compress.scorers import WindowAttention
+from layers.options import check_range
 
 MOST = 4096  # tokens that windows and pooling reach: far beyond any use, and their work is bounded
 
@@ -44,8 +45,7 @@ class Scoring:
 
     def __post_init__(self) -> None:
         for name, least in (("window", 1), ("ahead", 0), ("behind", 0), ("always", 0)):
-            if not least <= getattr(self, name) <= MOST:
-                raise ValueError(f"{name} must be from {least} to {MOST:,}, not {getattr(self, name)}")
+            check_range(name, getattr(self, name), least, MOST)
         for name in ("rows", "group", "pooling"):
             if getattr(self, name) not in ("mean", "max"):
                 raise ValueError(f'{name} must be "mean" or "max", not {getattr(self, name)!r}')

@@ -13,6 +13,7 @@ from layers.compress.decode_rules import ReplaceWorst
 from layers.compress.refiners import Refiner
 from layers.compress.scorers import Scorer
 from layers.compress.scoring import Scoring
+from layers.options import check_range
 
 Allocate = Callable[..., Allocator]
 """Makes an allocator, given `protected`: the tokens of every head that the method keeps whatever their score."""
@@ -60,11 +61,8 @@ class Method:
     in_cache: bool = False
 
     def __post_init__(self) -> None:
-        least = 0 if self.evict else 1
-        if self.sinks < 0 or self.recent < least:
-            raise ValueError(
-                f"{self.name}: sinks must be at least 0 and recent at least {least}, not {self.sinks}, {self.recent}"
-            )
+        check_range("sinks", self.sinks, 0)
+        check_range("recent", self.recent, 0 if self.evict else 1)
         if self.evict is not None and self.evict.heads == "layer" and not isinstance(self.allocator, Uniform):
             raise ValueError(f"{self.name} keeps one set of tokens for all heads of a layer: its budgets must be equal")
         if self.spreading is not None and (self.evict is not None or self.refine is not None):
@@ -72,8 +70,6 @@ class Method:
                 f"{self.name} needs each layer's budget at once, and layers that compete for the model's total have "
                 "theirs at the end only: choose another allocator"
             )
-        if not 0 <= self.shared_layers < 1:
-            raise ValueError(f"{self.name}: the share must be from 0 to below 1, not {self.shared_layers}")
 
     @property
     def protected(self) -> int:

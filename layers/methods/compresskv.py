@@ -10,6 +10,7 @@ from layers.compress.allocators import LayerErrors
 from layers.compress.scorers import ChosenHeads
 from layers.compress.scoring import Scoring, presets
 from layers.methods.base import Allocate, Method, calibrated, observing
+from layers.options import check_range
 
 PRESETS = presets(Scoring(window=8, rows="mean", group="mean", ahead=2, behind=2, sinks=0, recent=8, pooling="mean"))
 
@@ -73,8 +74,7 @@ def build(
         >>> build(importance={"semantic": torch.tensor([[0.0, 2.0, 1.0]])}, allocator=uniform, heads=2).scorer.heads
         ((1, 2),)
     """
-    if heads < 1:
-        raise ValueError(f"compresskv needs at least 1 head of each layer that votes, not {heads}")
+    check_range("heads", heads, 1)
     best_LN = calibrated("compresskv", importance, "semantic").argsort(dim=1, descending=True, stable=True)
     return observing(
         name="compresskv",
