@@ -94,7 +94,7 @@ TUNED = Scoring(window=32, rows="max", group="max", ahead=12, behind=0, sinks=4,
 """What measured best on prompts kept apart from every test prompt; see recipes/LOG.md."""
 
 ADAPTIVE = replace(TUNED, ahead=24, stop="sentence", always=4)
-"""The same, but a hot token protects what follows up to the end of its sentence; see recipes/LOG.md."""
+"""The same, but what follows a hot token shares its score up to the end of the sentence; see recipes/LOG.md."""
 
 
 def presets(as_published: Scoring) -> dict[str, Scoring]:

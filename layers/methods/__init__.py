@@ -61,7 +61,7 @@ def build_method(spec: str, importance: Mapping[str, Tensor] | None = None) -> M
         >>> build_method("snapkv:window=16").scorer.window
         16
         >>> build_method("snapkv:allocator=adakv,alpha=0.5").allocator
-        LayerTopK(alpha=0.5, protected=32, compat=False)
+        LayerTopK(alpha=0.5, least=32, compat=False)
     """
     name, tail, inner = _parts(spec)
     module = _module(name)
@@ -200,7 +200,7 @@ def describe(spec: str) -> Description:
     )
 
 
-_MADE_HERE = ("importance", "scoring", "allocator", "protected", "method")
+_MADE_HERE = ("importance", "scoring", "allocator", "least", "method")
 
 
 def needs_importance(spec: str) -> bool:

@@ -16,7 +16,7 @@ from layers.compress.scoring import Scoring
 from layers.options import check_range
 
 Allocate = Callable[..., Allocator]
-"""Makes an allocator, given `protected`: the tokens of every head that the method keeps whatever their score."""
+"""Makes an allocator, given `least`: tokens that every head gets, room for those that are kept in any case."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +72,29 @@ class Method:
             )
 
     @property
-    def protected(self) -> int:
-        """Tokens that every head keeps whatever their score: the smallest budget that makes sense."""
+    def least(self) -> int:
+        """The smallest budget that makes sense: room for sinks and recent tokens, and for one token in any case."""
         return max(1, self.sinks + self.recent)
+
+    def too_small(self, remedy: str) -> str:
+        """What to say of a budget below `least`: which options make it what it is, and what to do.
+
+        Args:
+            remedy: what helps besides lower options.
+
+        Example:
+            >>> from layers.methods import build_method
+            >>> build_method("snapkv:sinks=4").too_small("raise the budget")
+            'snapkv always keeps 36 tokens per KV head (sinks=4 and recent=32): raise the budget, or lower ...'
+        """
+        lower = [name for name, most in (("sinks", 0), ("recent", 1)) if getattr(self, name) > most]
+        parts = [f"{name}={getattr(self, name)}" for name in lower] + ["the last one"] * (self.recent == 1)
+        what = f"{self.least} token{'s' * (self.least > 1)} per KV head"
+        if parts:
+            what += f" ({' and '.join(parts)})"
+        if lower:
+            remedy += f", or lower {' or '.join(lower)}"
+        return f"{self.name} always keeps {what}: {remedy}"
 
     @property
     def turned_sinks(self) -> int:
@@ -184,7 +204,7 @@ def observing(
         summary=summary,
         scorer=scorer or scoring.scorer,
         attention=True,
-        allocator=allocator(protected=scoring.protected),
+        allocator=allocator(least=scoring.protected),
         sinks=scoring.sinks,
         recent=scoring.recent,
         sentences=scoring.sentences,

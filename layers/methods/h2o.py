@@ -44,7 +44,7 @@ def build(*, allocator: Allocate = uniform, ratio: float = 0.5) -> Method:
         summary="what all queries so far attended to most, and recent tokens",
         attention=True,
         scorer=AttentionSums(),
-        allocator=allocator(protected=1),
+        allocator=allocator(least=1),
         recent=0,
         evict=ReplaceWorst(accumulate=True, heads="group", recent_share=ratio),
     )
