@@ -47,8 +47,8 @@ def measure(loaded: Loaded, *, tokens: int, caches: list[str], budget: int, roun
     importance = head_importance(loaded, None) if any(map(needs_importance, caches)) else None
     methods = {cache: build_method(cache, importance) for cache in caches}
     for cache, method in methods.items():
-        if method.default_budget is not None and budget < method.protected:
-            raise ValueError(f"{cache} always keeps {method.protected} tokens: raise --budget from {budget}")
+        if method.default_budget is not None and budget < method.least:
+            raise ValueError(f"{cache}: {method.too_small(f'raise --budget from {budget}')}")
     questions = make_questions(
         loaded.tokenizer, loaded.chat, split="tune", task="prose", tokens=tokens, count=rounds + 1, seed=0
     )

@@ -53,8 +53,8 @@ def budgets(
     """
     joint = "," if ":" in cache else ":"
     methods = [build_method(f"{cache}{joint}allocator={name}", scores) for name in allocators]
-    if budget < methods[0].protected:
-        raise ValueError(f"{cache} always keeps {methods[0].protected} tokens: raise the budget of {budget}")
+    if budget < methods[0].least:
+        raise ValueError(methods[0].too_small(f"raise --budget from {budget}"))
     record = Record(loaded, ids)
     kept = [Replay(record, method, [budget], room=1).cache.kept[0].cpu() for method in methods]
     return dict(zip(allocators, kept, strict=True))

@@ -18,6 +18,7 @@ import torch
 
 from checkpoints import LayerSharing, config_hash, write_sharing
 from layers.fused import FusedBlocks
+from layers.methods import describe, method_names
 from tests import tiny_chat
 from zoo import Engine, chat, cli, generate, load
 from zoo.conversation import Conversation
@@ -214,10 +215,39 @@ def test_list_shows_every_choice(run):
     assert ("criticalkv", "window attention,", "uniform", "-", "-") in rows
     assert ("expected-attention", "expected attention", "uniform", "-", "-") in rows
     assert ("adakv", "window attention", "layer top k", "-", "-") in rows
-    assert "projected values" in out
+    assert "projected values" in out and "--list snapkv" in out
     assert ("cake", "varying attention", "layer preference", "-", "-") in rows
     assert ("kvsharer", "position", "uniform", "yes", "-") in rows
     assert max(map(len, out.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("main", [chat.main, generate.main])
+@pytest.mark.parametrize("name", method_names())
+def test_list_shows_what_may_be_set_of_a_method(run, name, main):
+    status, out, err = run(main, "--list", name)
+    about = describe(name)
+    assert status == 0 and not err and max(map(len, out.splitlines())) <= 100
+    rows = [re.split(r"\s{2,}", line.strip()) for line in out.splitlines()]
+    for option, what in about.options.items():
+        presets = [str(getattr(scoring, option)) for scoring in about.presets.values() if option in about.scoring]
+        shown = [row for row in rows if row[0] == option]  # cake's budgets and scores both have a window
+        assert len(shown) == (option in about.budgets) + (option in {**about.choices, **about.own, **about.scoring})
+        assert all(row[1:-1] == (presets or [what.written]) for row in shown)
+        assert any(what.meaning.startswith(row[-1]) for row in shown)
+    for preset in about.presets:
+        assert re.search(rf"^ option.* {preset} ", out, re.MULTILINE)
+    if about.options:
+        assert cli.described(re.search(r"--cache (\S+)$", out, re.MULTILINE)[1])
+    else:
+        assert "It has no options" in out
+
+
+def test_list_shows_what_may_be_set_of_others_budgets_and_of_what_is_changed(run):
+    _, out, _ = run(chat.main, "--list", "kvsharer+criticalkv+h2o:allocator=adakv")
+    shares, alpha, own, budgets = (out.index(f"\n {x} ") for x in ("share ", "alpha ", "ratio ", "alpha   0.2"))
+    assert shares < alpha < own < budgets
+    status, _, err = run(chat.main, "--list", "snapkw")
+    assert status == 2 and "no cache method is called 'snapkw': choose from adakv" in err
 
 
 def test_the_context_is_a_limit_unless_overflow_is_allowed(run, tmp_path):

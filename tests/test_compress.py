@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -19,7 +20,7 @@ from layers.compress.refiners import ProjectedValues, norm_bounds, projected_nor
 from layers.compress.scorers import AttentionSums, ExpectedAttention, KeyDifference, Observation, WindowAttention
 from layers.compress.sentences import SentenceEnds, spread_within_sentences
 from layers.linear import Linear
-from layers.methods import allocator_names, build_method, method_names, needs_importance
+from layers.methods import allocator_names, build_method, describe, method_names, needs_importance
 from layers.plan import ArenaShape, offsets
 from layers.quantize import quantize_weights
 
@@ -209,7 +210,7 @@ def test_head_budgets_are_exact(importance, beta, protected, free, prompt):
     budget = protected + free
     if budget < 1:
         return
-    cap = HeadImportance(importance_LN=importance, beta=beta, protected=protected)(
+    cap = HeadImportance(importance_LN=importance, beta=beta, least=protected)(
         budget=budget, prompt=prompt, num_layers=L, num_kv_heads=H
     )
     assert int(cap.sum()) == min(budget, prompt) * L * H
@@ -222,7 +223,7 @@ def test_head_budgets_follow_equation_4():
     torch.manual_seed(3)
     L, N, H, budget, protected, beta = 4, 8, 2, 64, 8, 1.3
     importance = torch.rand(L, N)
-    cap = HeadImportance(importance_LN=importance, beta=beta, protected=protected)(
+    cap = HeadImportance(importance_LN=importance, beta=beta, least=protected)(
         budget=budget, prompt=100_000, num_layers=L, num_kv_heads=H
     )
     total = sum(float(importance[i, n]) for i in range(L) for n in range(N)) / (N // H)
@@ -238,7 +239,7 @@ def test_head_budgets_extremes_and_equivariance():
     importance = torch.rand(3, 4, generator=torch.Generator().manual_seed(1))
 
     def capacities(scores, beta, prompt=10_000):
-        share = HeadImportance(importance_LN=scores, beta=beta, protected=4)
+        share = HeadImportance(importance_LN=scores, beta=beta, least=4)
         return share(budget=104, prompt=prompt, num_layers=3, num_kv_heads=4)
 
     assert (capacities(importance, 1e9) - 104).abs().max() <= 1
@@ -252,7 +253,7 @@ def test_head_budgets_extremes_and_equivariance():
 @pytest.mark.parametrize("budget", [64, 128, 1024])
 def test_compat_is_the_published_arithmetic(beta, budget):
     importance = torch.rand(5, 6, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    cap = HeadImportance(importance_LN=importance.float(), beta=beta, protected=8, compat=True)(
+    cap = HeadImportance(importance_LN=importance.float(), beta=beta, least=8, compat=True)(
         budget=budget, prompt=4000, num_layers=5, num_kv_heads=6
     )
     scores = importance.float().double().flatten().tolist()
@@ -272,7 +273,7 @@ BETAS = st.floats(1, 100)
 def test_pyramids_are_exact(L, H, beta, protected, free, prompt):
     budget = max(1, protected + free)
     protected = min(protected, budget)
-    keep = Pyramid(beta=beta, protected=protected)(budget=budget, prompt=prompt, num_layers=L, num_kv_heads=H)
+    keep = Pyramid(beta=beta, least=protected)(budget=budget, prompt=prompt, num_layers=L, num_kv_heads=H)
     assert keep.shape == (L, H) and int(keep.sum()) == min(budget, prompt) * L * H
     assert int(keep.max()) <= prompt
     assert (keep == keep[:, :1]).all(), "no head of a layer has more than another"
@@ -285,7 +286,7 @@ def test_pyramids_are_exact(L, H, beta, protected, free, prompt):
 @settings(max_examples=300, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 4), BETAS, st.integers(0, 9), st.integers(1, 300), st.integers(1, 900))
 def test_published_pyramids_stay_within_their_surplus(L, H, beta, protected, free, prompt):
-    share, budget = Pyramid(beta=beta, protected=protected, compat=True), protected + free
+    share, budget = Pyramid(beta=beta, least=protected, compat=True), protected + free
     keep = share(budget=budget, prompt=prompt, num_layers=L, num_kv_heads=H)
     over = int(keep.sum()) - min(budget, prompt) * L * H
     assert 0 <= over <= share.surplus(num_layers=L, num_kv_heads=H)
@@ -316,7 +317,7 @@ def share(allocator, score, filled, budget):
 @given(scored_layers(), st.floats(0, 1))
 def test_shared_layers_are_exact(layer, alpha):
     score, filled, protected, budget = layer
-    keep, shared = share(LayerTopK(alpha=alpha, protected=protected), score, filled, budget)
+    keep, shared = share(LayerTopK(alpha=alpha, least=protected), score, filled, budget)
     held = filled.sum(-1)
     assert torch.equal(shared.sum(1), torch.minimum(keep.sum(1), held.sum(1)))
     assert (shared <= held).all()
@@ -328,7 +329,7 @@ def test_shared_layers_are_exact(layer, alpha):
 @given(scored_layers(), st.floats(0, 1))
 def test_shared_layers_in_published_rounding_stay_within_their_surplus(layer, alpha):
     score, filled, protected, budget = layer
-    allocator = LayerTopK(alpha=alpha, protected=protected, compat=True)
+    allocator = LayerTopK(alpha=alpha, least=protected, compat=True)
     keep, shared = share(allocator, score, filled, budget)
     H = score.shape[1]
     over = int(keep.sum(1).max()) - min(budget, score.shape[2]) * H
@@ -343,7 +344,7 @@ def test_heads_that_change_places_take_their_share_along(layer, compat, random):
     score = score.double() + torch.arange(score.numel()).view(score.shape) / 2**20  # no two are equal
     order = list(range(score.shape[1]))
     random.shuffle(order)
-    allocator = LayerTopK(alpha=0.2, protected=protected, compat=compat)
+    allocator = LayerTopK(alpha=0.2, least=protected, compat=compat)
     _, shared = share(allocator, score, filled, budget)
     _, again = share(allocator, score[:, order], filled[:, order], budget)
     assert torch.equal(again, shared[:, order])
@@ -438,10 +439,10 @@ def test_preferences_are_those_of_each_row():
 def test_a_layer_without_a_safeguard_keeps_its_best_tokens():
     score = torch.tensor([[[0.9, 0.8, 0.7, math.inf], [0.1, 0.2, 0.3, math.inf]]])
     keep, filled = torch.tensor([[3, 3]]), torch.ones(1, 2, 4, dtype=torch.bool)
-    shares = [LayerTopK(alpha=alpha, protected=1).share(keep, score, filled).tolist() for alpha in (0, 0.5, 1)]
+    shares = [LayerTopK(alpha=alpha, least=1).share(keep, score, filled).tolist() for alpha in (0, 0.5, 1)]
     assert shares == [[[4, 2]], [[4, 2]], [[3, 3]]]
     score[0, 1] -= 1  # worse than any other, and negative
-    assert LayerTopK(alpha=0.0, protected=1).share(keep - 1, score, filled).tolist() == [[3, 1]]
+    assert LayerTopK(alpha=0.0, least=1).share(keep - 1, score, filled).tolist() == [[3, 1]]
 
 
 def test_key_difference_ignores_lengths_and_empty_places():
@@ -511,7 +512,7 @@ def test_plan_bytes_are_invertible():
 )
 def test_layer_budgets_are_exact(errors, floor, ceiling, protected, free, prompt):
     L, H, budget = len(errors), 2, protected + free
-    share = LayerErrors(error_L=torch.tensor(errors), floor=floor, ceiling=ceiling, protected=protected)
+    share = LayerErrors(error_L=torch.tensor(errors), floor=floor, ceiling=ceiling, least=protected)
     keep = share(budget=budget, prompt=prompt, num_layers=L, num_kv_heads=H)
     assert keep.shape == (L, H) and torch.equal(keep[:, 0], keep[:, 1])
     assert int(keep.sum()) == min(budget, prompt) * L * H
@@ -527,7 +528,7 @@ def test_layer_budgets_are_exact(errors, floor, ceiling, protected, free, prompt
 
 def test_layer_budgets_refuse_another_model():
     with pytest.raises(ValueError, match="for 3 layers, the model has 4"):
-        LayerErrors(error_L=torch.ones(3), floor=1, ceiling=3.0, protected=1)(
+        LayerErrors(error_L=torch.ones(3), floor=1, ceiling=3.0, least=1)(
             budget=8, prompt=100, num_layers=4, num_kv_heads=1
         )
 
@@ -576,10 +577,10 @@ def test_any_scores_go_with_any_budgets(name, allocator):
             build_method(spec, IMPORTANCE)
         return
     method, plain = build_method(spec, IMPORTANCE), build_method(name, IMPORTANCE)
-    assert method.scorer == plain.scorer and method.protected == plain.protected
+    assert method.scorer == plain.scorer and method.least == plain.least
     source = build_method("snapkv" if allocator == "uniform" else allocator, IMPORTANCE)
     assert type(method.allocator) is type(source.allocator)
-    assert getattr(method.allocator, "protected", method.protected) == method.protected
+    assert getattr(method.allocator, "least", method.least) == method.least
     assert needs_importance(spec) == (allocator.startswith(("headkv", "compresskv")) or name == "compresskv")
     if allocator == name:
         assert repr(method) == repr(plain)
@@ -594,6 +595,50 @@ def test_any_scores_go_with_any_budgets(name, allocator):
         ) == repr(method)
 
 
+@pytest.mark.parametrize("spec", [*method_names(), *(f"snapkv:allocator={name}" for name in allocator_names())])
+def test_every_option_is_explained_and_its_default_may_be_written_out(spec):
+    about, plain = describe(spec), build_method(spec, IMPORTANCE)
+    for name, option in about.options.items():
+        assert len(option.meaning) > 10, name
+        written = f"{about.name}:{name}={option.written}"
+        if name != "allocator" and about.allocator:
+            written += f",allocator={about.allocator}"
+        same = build_method(written, IMPORTANCE)
+        assert repr(same) == repr(plain if name != "allocator" else build_method(about.name, IMPORTANCE))
+    for preset, scoring in about.presets.items():
+        all_of_it = ",".join(f"{name}={getattr(scoring, name)}" for name in about.scoring)
+        written, short = (build_method(f"{about.name}:{x}", IMPORTANCE) for x in (all_of_it, f"preset={preset}"))
+        assert repr(written) == repr(short)
+
+
+def test_what_users_may_set_is_what_functions_take():
+    assert list(describe("full").options) == list(describe("tova").options) == []
+    assert (
+        list(describe("criticalkv+headkv").options) == ["alpha"] and describe("criticalkv+headkv").changes == "headkv"
+    )
+    assert list(describe("h2o").options) == ["allocator", "ratio"]
+    assert list(describe("h2o:allocator=headkv").budgets) == ["scores", "beta", "compat"]
+    assert (describe("headkv").choices["preset"].default, describe("snapkv").choices["preset"].default) == (
+        "tuned",
+        "published",
+    )
+
+
+@pytest.mark.parametrize(
+    "spec", [*method_names(), "snapkv:preset=tuned", "kvsharer+headkv", "kvsharer+keydiff:sinks=9"]
+)
+def test_a_budget_that_is_too_small_is_said_to_be_so_by_options_that_there_are(spec):
+    method, known = build_method(spec, IMPORTANCE), describe(spec.partition("+")[2] or spec)
+    if known.changes:
+        known = describe(known.changes)
+    said = method.too_small("raise it")
+    named = dict(re.findall(r"(\w+)=(\d+)", said))
+    assert {*named} <= {*known.options} and sum(map(int, named.values())) + ("the last one" in said) <= method.least
+    assert said.endswith(f"raise it{', or lower ' * bool(named)}{' or '.join(named)}")
+    if not method.evict:
+        assert sum(map(int, named.values())) + ("the last one" in said) == method.least
+
+
 def test_headkv_r2_is_headkv_with_other_settings():
     for one, other in [
         ("headkv-r2", "headkv:preset=published,beta=1.01"),
@@ -601,7 +646,7 @@ def test_headkv_r2_is_headkv_with_other_settings():
         ("snapkv:allocator=headkv-r2", "snapkv:allocator=headkv,beta=1.01"),
     ]:
         a, b = build_method(one, IMPORTANCE), build_method(other, IMPORTANCE)
-        assert (repr(a.scorer), repr(a.allocator), a.protected) == (repr(b.scorer), repr(b.allocator), b.protected)
+        assert (repr(a.scorer), repr(a.allocator), a.least) == (repr(b.scorer), repr(b.allocator), b.least)
 
 
 def observation(lengths, *, N=4, H=2, D=4, **changes):
@@ -730,7 +775,7 @@ def test_tokens_that_are_not_looked_at_could_not_have_won(dtype, misled):
 
 def test_options_of_scores_and_budgets_go_together():
     method = build_method("snapkv:preset=tuned,allocator=headkv,beta=7,scores=r,recent=2", IMPORTANCE)
-    assert (method.allocator.beta, method.allocator.protected, method.recent) == (7, 6, 2)
+    assert (method.allocator.beta, method.allocator.least, method.recent) == (7, 6, 2)
     assert method.allocator.importance_LN is IMPORTANCE["r"]
 
 
@@ -761,11 +806,11 @@ def test_a_calibration_without_what_a_method_needs_says_what_makes_it(spec, miss
         ("criticalkv+", "lacks a method on one side of the plus: .*as in criticalkv.snapkv"),
         ("+snapkv", "lacks a method on one side of the plus: .*as in criticalkv.snapkv"),
         ("headkv+criticalkv", "headkv is complete and changes no other .* as in criticalkv.snapkv"),
-        ("snapkv:allocator=adakv,alpha=2", "snapkv:allocator=adakv,alpha=2: alpha must be between 0 and 1, not 2.0"),
+        ("snapkv:allocator=adakv,alpha=2", "snapkv:allocator=adakv,alpha=2: alpha must be from 0 to 1, not 2.0"),
         ("expected-attention:epsilon=nan", "epsilon must be at least 0"),
         ("headkv:scores=layer_errors", "shares budgets out by heads"),
-        ("criticalkv:alpha=1.5", "alpha must be between 0 and 1"),
-        ("criticalkv:alpha=nan", "alpha must be between 0 and 1"),
+        ("criticalkv:alpha=1.5", "alpha must be from 0 to 1, not "),
+        ("criticalkv:alpha=nan", "alpha must be from 0 to 1, not "),
         ("criticalkv:window=8", "no option 'window=8': write name=value with alpha"),
         ("criticalkv+criticalkv", "looks twice at its tokens already"),
         ("criticalkv+keydiff", "keydiff does not score by attention"),
@@ -785,31 +830,32 @@ def test_a_calibration_without_what_a_method_needs_says_what_makes_it(spec, miss
         ("headkv:scores=r3", "kind 'r3'"),
         ("headkv:compat=maybe", "takes bool"),
         ("full:x=1", "it takes none"),
-        ("streaming:sinks=-1", "sinks"),
+        ("streaming:sinks=-1", "streaming:sinks=-1: sinks must be at least 0, not -1$"),
         ("base", "no cache method"),
         ("snapkv:allocator=snapkv", "no allocator 'snapkv': choose from adakv, "),
-        ("compresskv:heads=0", "at least 1 head"),
-        ("compresskv:ceiling=0.5", "ceiling must be at least 1"),
+        ("compresskv:heads=0", "compresskv:heads=0: heads must be at least 1, not 0"),
+        ("compresskv:ceiling=0.5", "compresskv:ceiling=0.5: ceiling must be at least 1, not 0.5$"),
         ("compresskv:ceiling=nan", "ceiling must be at least 1"),
-        ("compresskv:floor=-1", "floor at least 0"),
+        ("compresskv:floor=-1", "floor must be at least 0, not -1"),
         ("snapkv:pooling=median", "pooling must be"),
         ("adakv:allocator", "no allocator ''"),
         ("tova:allocator=adakv", "tova has no option 'allocator=adakv': it takes none"),
-        ("h2o:ratio=1.5", "h2o:ratio=1.5: ratio must be a share of the budget between 0 and 1, not 1.5"),
+        ("h2o:ratio=1.5", "h2o:ratio=1.5: ratio must be from 0 to 1, not 1.5"),
         ("full:allocator=adakv", "full has no option 'allocator=adakv': it takes none"),
-        ("snapkv:beta=2", "no option 'beta=2': write name=value with allocator, window"),
-        ("headkv:allocator=adakv,beta=2", "with allocator, alpha, compat"),
+        ("snapkv:beta=2", "no option 'beta=2': write name=value with allocator, preset, window"),
+        ("headkv:allocator=adakv,beta=2", "with allocator, preset, alpha, compat"),
         ("keydiff:preset=tuned", "with allocator, sinks, recent"),
-        ("adakv:alpha=1.5", "alpha must be between 0 and 1"),
-        ("adakv:alpha=nan", "alpha must be between 0 and 1"),
+        ("adakv:alpha=1.5", "alpha must be from 0 to 1, not "),
+        ("adakv:alpha=nan", "alpha must be from 0 to 1, not "),
         ("pyramidkv:beta=0.5", "beta must be at least 1"),
-        ("keydiff:recent=0", "recent at least 1"),
-        ("cake:window=0", "window must be at least 1"),
-        ("cake:gamma=-1", "gamma at least 0"),
-        ("cake:gamma=inf", "finite"),
-        ("cake:pool=4", "pool odd"),
-        ("cake:tau1=0", "tau1 and tau2 must be at least 0.1"),
-        ("snapkv:allocator=cake,tau2=nan", "tau1 and tau2 must be at least 0.1"),
+        ("keydiff:recent=0", "keydiff:recent=0: recent must be at least 1, not 0$"),
+        ("cake:window=0", "cake:window=0: window must be at least 1, not 0$"),
+        ("cake:gamma=-1", "cake:gamma=-1: gamma must be at least 0 and below inf, not -1.0$"),
+        ("cake:gamma=inf", "gamma must be at least 0 and below inf, not inf$"),
+        ("cake:pool=4", "cake:pool=4: pool must be odd, not 4$"),
+        ("cake:pool=0", "cake:pool=0: pool must be at least 1, not 0$"),
+        ("cake:tau1=0", "cake:tau1=0: tau1 must be at least 0.1, not 0.0$"),
+        ("snapkv:allocator=cake,tau2=nan", "tau2=nan: tau2 must be at least 0.1, not nan$"),
         ("cake:cascade=no", "cascade takes bool"),
         ("cake:preset=tuned", "no option 'preset=tuned'"),
     ],
@@ -836,5 +882,5 @@ def test_a_layers_total_holds_however_many_tokens_are_protected():
     score_BHS[..., -10:] = torch.inf
     keep_BH, filled_BHS = torch.full((2, 3), 20), torch.ones(2, 3, 40, dtype=torch.bool)
     for alpha in (0.0, 0.2, 1.0):
-        shared_BH = LayerTopK(alpha=alpha, protected=1).share(keep_BH, score_BHS, filled_BHS)
+        shared_BH = LayerTopK(alpha=alpha, least=1).share(keep_BH, score_BHS, filled_BHS)
         assert shared_BH.sum(1).tolist() == [60, 60] and (shared_BH >= 10).all()

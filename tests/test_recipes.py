@@ -517,7 +517,7 @@ def test_compression_is_timed_beside_its_prefill(
     assert all(value > 0 for values in made["seconds"].values() for value in values)
     assert "--budget 40" in made["command"] and "| `h2o` |" in capsys.readouterr().out
     for wrong, message in (
-        (["--budget", "8"], "snapkv always keeps 32 tokens: raise --budget from 8"),
+        (["--budget", "8"], "keeps 32 tokens per KV head (recent=32): raise --budget from 8, or lower recent"),
         (["--budget", "0"], "--budget: '0' is not a whole number from 1"),
         (["--threads", "0"], "--threads: '0' is not a whole number from 1"),
         (["--caches", "kvsharer"], "cannot be replayed"),

@@ -379,9 +379,9 @@ def test_two_compilations_serve_all_layers_and_prompts():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("kvsharer:share=1", "share must be from 0 to below 1"),
-        ("kvsharer:share=-0.1", "share must be from 0 to below 1"),
-        ("kvsharer:share=nan", "share must be from 0 to below 1"),
+        ("kvsharer:share=1", "share must be at least 0 and below 1, not "),
+        ("kvsharer:share=-0.1", "share must be at least 0 and below 1, not "),
+        ("kvsharer:share=nan", "share must be at least 0 and below 1, not "),
         ("kvsharer:share=few", "takes float"),
         ("kvsharer:layers=3", "no option"),
         ("kvsharer+nosuch", "no cache method is called 'nosuch'"),

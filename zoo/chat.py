@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from checkpoints.storage import cache_home
-from zoo import cli
+from zoo import cli, listing
 from zoo.answer import Answer, cache_figures, show
 from zoo.cli import note
 from zoo.conversation import Conversation, opening, read_messages, write_messages
@@ -47,8 +47,8 @@ def _main(argv: Sequence[str] | None) -> None:
         "--system", type=cli.utf8_text, metavar="S", help="system prompt (default: what the model's template has)"
     )
     args = parser.parse_args(argv)
-    if args.list:
-        cli.print_choices()
+    if args.list is not None:
+        listing.show(args.list)
     elif (prompt := cli.read_prompt(args)) is not None:
         _reply(args, prompt)
     else:

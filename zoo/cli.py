@@ -6,7 +6,6 @@ import argparse
 import gc
 import math
 import os
-import re
 import sys
 import threading
 import traceback
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from checkpoints.importance import METHODS
-from checkpoints.resolve import ALIASES, DEFAULT_MODEL
+from checkpoints.resolve import DEFAULT_MODEL
 from kernels import native
 from layers.budget import parse_budget
 from zoo.load import DTYPES, WEIGHTS, Loaded, load
@@ -160,7 +159,7 @@ def parser(program: str, description: str, examples: str) -> argparse.ArgumentPa
         default="headkv",
         metavar="METHOD",
         help="headkv (default), full, snapkv, streaming and what else --list shows; options follow a colon: "
-        "headkv:beta=1.2, snapkv:allocator=adakv",
+        "headkv:beta=1.2, snapkv:allocator=adakv (--list snapkv shows them)",
     )
     cache.add_argument(
         "--budget",
@@ -232,7 +231,13 @@ def parser(program: str, description: str, examples: str) -> argparse.ArgumentPa
         help="decode through compiled code (default: where there is a C++ compiler; on a GPU only in a chat)",
     )
     running.add_argument("--stats", action="store_true", help="after each answer, what the cache held and the speed")
-    running.add_argument("--list", action="store_true", help="show models, cache methods and dtypes, and leave")
+    running.add_argument(
+        "--list",
+        nargs="?",
+        const="",
+        metavar="METHOD",
+        help="show models, cache methods and dtypes, or one method's options and presets (--list snapkv), and leave",
+    )
     return made
 
 
@@ -510,37 +515,3 @@ def waiting(text: str) -> Iterator[None]:
         timer.cancel()
         timer.join()
         status.stop()
-
-
-def print_choices() -> None:
-    """Show what --model, --cache and --dtype may be."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from layers.methods import allocator_names, method_names, needs_importance
-    from zoo.family import family_names
-
-    console = Console(width=None if sys.stdout.isatty() else 100)
-    models = Table("--model", "what it is", box=None, title="Models", title_justify="left")
-    for alias in ALIASES:
-        models.add_row(alias, f"{ALIASES[alias].requirement}{' (default)' if alias == DEFAULT_MODEL else ''}")
-    models.add_row("a folder, .gguf file or hub id", f"of a family among {', '.join(family_names())}")
-    methods = Table("--cache", "keeps", "source", box=None, title="Cache methods", title_justify="left")
-    columns = "--cache", "scores by", "budgets by", "calibrated", "evicts prompt tokens while decoding"
-    parts = Table(*columns, box=None, title="Their parts", title_justify="left")
-    for name in method_names():
-        method = described(name)
-        methods.add_row(name, method.summary, method.paper)
-        calibrated = needs_importance(name) or method.shared_layers > 0
-        evicts = method.ring_over_prompt or method.evict
-        scores = ", ".join(_words(part) for part in (method.scorer, method.refine) if part is not None)
-        parts.add_row(name, scores, _words(method.allocator), *("yes" if x else "-" for x in (calibrated, evicts)))
-    fixed = "full, tova, and what changes others, as criticalkv+snapkv and kvsharer+headkv"
-    allocators = f"[italic]With other budgets (but not {fixed})[/] :allocator={'|'.join(allocator_names())}"
-    dtypes = f"[italic]--dtype[/] {', '.join(DTYPES)}"
-    console.print(models, "", methods, "", parts, "", allocators, "", dtypes, sep="\n")
-
-
-def _words(part: object) -> str:
-    """The name of a part's class as words."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(part).__name__).lower()

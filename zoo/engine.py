@@ -220,16 +220,13 @@ class Engine:
             most = (shape(0).slots_within(int(self.budget.amount)) - surplus) // heads - self._room
         elif self.budget is not None:
             most = self._prompt_budget(self.max_context, most)
-        if most < method.protected:
-            least = f"{method.protected} tokens"
+        if most < method.least:
+            given, least = f"budget {self.budget} is too small", f"{method.least} tokens"
             if self.budget is not None and self.budget.kind == "bytes":
-                smallest = shape(heads * (method.protected + self._room) + surplus)
+                given = f"budget {self.budget} leaves {max(0, most)} tokens per KV head for {batch} row(s)"
+                smallest = shape(heads * (method.least + self._room) + surplus)
                 least = f"{smallest.nbytes} bytes, or lower max_new_tokens"
-            raise ValueError(
-                f"budget {self.budget} leaves {max(0, most)} tokens per KV head for {batch} row(s), but {method.name} "
-                f"always keeps {method.sinks} sinks and the last {method.recent} tokens: raise the budget to at least "
-                f"{least}"
-            )
+            raise ValueError(f"{given}: {method.too_small(f'raise the budget to at least {least}')}")
         shares = self._shares(self.max_context, most)
         planned = shape(heads * (min(most, self.max_context) + self._room) + surplus)
         largest = int(method.most(shares, self.max_context)) + self._room
@@ -265,7 +262,7 @@ class Engine:
             return most
         if self.budget.kind == "tokens":
             return int(self.budget.amount)
-        return max(int(self.budget.amount * tokens + 1e-9), self.method.protected)
+        return max(int(self.budget.amount * tokens + 1e-9), self.method.least)
 
     def _shares(self, tokens: int, most: int) -> Tensor:
         """(L, H) tokens that each KV head may keep of so many, on the host; none for layers that read another's."""

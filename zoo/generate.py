@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from zoo import cli
+from zoo import cli, listing
 from zoo.answer import Answer, cache_figures, show
 
 _DESCRIPTION = "Continue a text. The continuation alone goes to standard output, everything else to standard error."
@@ -29,8 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str] | None) -> None:
     args = cli.parser("python -m zoo.generate", _DESCRIPTION, _EXAMPLES).parse_args(argv)
-    if args.list:
-        return cli.print_choices()
+    if args.list is not None:
+        return listing.show(args.list)
     prompt = cli.read_prompt(args)
     if prompt is None:
         raise ValueError("there is no prompt: give --prompt TEXT or --prompt-file P (- is standard input)")

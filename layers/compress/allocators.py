@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from layers.compress.scorers import Observation
+from layers.options import check_range
 
 
 class Allocator(Protocol):
@@ -127,11 +128,11 @@ class Uniform:
         return self
 
 
-def uniform(*, protected: int) -> Uniform:
-    """The same for every head, whatever is protected.
+def uniform(*, least: int) -> Uniform:
+    """The same for every head, whatever each gets at least.
 
     Example:
-        >>> uniform(protected=4)
+        >>> uniform(least=4)
         Uniform()
     """
     return Uniform()
@@ -141,14 +142,14 @@ def uniform(*, protected: int) -> Uniform:
 class HeadImportance:
     """HeadKV's allocation: a floor for every head and a common pool shared out by importance.
 
-    With b = budget - protected, every head has the floor b (1 - 1/beta); the pool of b/beta per head goes to head h in
+    With b = budget - least, every head has the floor b (1 - 1/beta); the pool of b/beta per head goes to head h in
     proportion to its score. A larger beta means a *smaller* pool. No head gets more than the prompt: what it cannot use
     flows to the others in proportion to their scores. Totals are exact (largest remainder).
 
     Args:
         importance_LN: score of each query head, >= 0; a KV head has its group's mean; all zero means uniform.
         beta: >= 1.
-        protected: tokens of every head that are kept whatever their score (sinks and recent ones).
+        least: tokens that every head gets, whatever it deserves: room for sinks and recent ones.
         compat: the published code's arithmetic: pool of b // beta, no redistribution, totals only up to rounding.
 
     Raises:
@@ -158,19 +159,18 @@ class HeadImportance:
         Fu et al., Not All Heads Matter (HeadKV), ICLR 2025, equation 4.
 
     Example:
-        >>> share = HeadImportance(importance_LN=torch.tensor([[3.0, 1.0]]), beta=2.0, protected=2)
+        >>> share = HeadImportance(importance_LN=torch.tensor([[3.0, 1.0]]), beta=2.0, least=2)
         >>> share(budget=10, prompt=100, num_layers=1, num_kv_heads=2).tolist()
         [[12, 8]]
     """
 
     importance_LN: Tensor
     beta: float
-    protected: int
+    least: int
     compat: bool = False
 
     def __post_init__(self) -> None:
-        if not self.beta >= 1:
-            raise ValueError(f"beta must be at least 1, not {self.beta}: larger values share less")
+        check_range("beta", self.beta, 1)
 
     def __call__(self, *, budget: int, prompt: int, num_layers: int, num_kv_heads: int) -> Tensor:
         """Share the budget out; the scores must be those of a model with as many layers and a multiple of its KV heads.
@@ -188,14 +188,14 @@ class HeadImportance:
             return torch.full((num_layers, num_kv_heads), prompt)
         score = self.importance_LN.double().unflatten(1, (num_kv_heads, -1)).mean(-1).flatten()
         score = score / score.sum() if score.sum() > 0 else torch.full_like(score, 1 / len(score))
-        free = budget - self.protected
+        free = budget - self.least
         if self.compat:
             donated = free // self.beta
             extra = (score * (donated * len(score)) + (free - donated)).round().long()
-            return (extra.clamp(max=prompt - self.protected) + self.protected).view(num_layers, num_kv_heads)
+            return (extra.clamp(max=prompt - self.least) + self.least).view(num_layers, num_kv_heads)
         floor = free * (1 - 1 / self.beta)
-        wanted = water_fill(floor + score * (free / self.beta * len(score)), score, prompt - self.protected)
-        return (largest_remainder(wanted, free * len(score)) + self.protected).view(num_layers, num_kv_heads)
+        wanted = water_fill(floor + score * (free / self.beta * len(score)), score, prompt - self.least)
+        return (largest_remainder(wanted, free * len(score)) + self.least).view(num_layers, num_kv_heads)
 
     def surplus(self, *, num_layers: int, num_kv_heads: int) -> int:
         """Half a token per head if published rounding is asked for."""
@@ -210,12 +210,12 @@ class HeadImportance:
 class Pyramid:
     """PyramidKV's allocation: the same for all heads of a layer, falling from layer to layer in equal steps.
 
-    With b = budget - protected, the last layer has b/beta and the first 2b - b/beta. No layer gets more than the
+    With b = budget - least, the last layer has b/beta and the first 2b - b/beta. No layer gets more than the
     prompt: what the first cannot use makes the slope less steep. Totals are exact (largest remainder).
 
     Args:
         beta: >= 1; larger is steeper, 1 is uniform.
-        protected: tokens of every head that are kept whatever their score (sinks and recent ones).
+        least: tokens that every head gets, whatever it deserves: room for sinks and recent ones.
         compat: the published code's arithmetic: b // beta, a step of whole tokens, totals only up to rounding, and
             uniform budgets for prompts of fewer than 2b tokens.
 
@@ -226,22 +226,21 @@ class Pyramid:
         Cai et al., PyramidKV, 2024.
 
     Example:
-        >>> share = Pyramid(beta=10, protected=2)
+        >>> share = Pyramid(beta=10, least=2)
         >>> share(budget=12, prompt=100, num_layers=3, num_kv_heads=1).tolist()
         [[21], [12], [3]]
     """
 
     beta: float
-    protected: int
+    least: int
     compat: bool = False
 
     def __post_init__(self) -> None:
-        if not self.beta >= 1:
-            raise ValueError(f"beta must be at least 1, not {self.beta}: 1 is uniform, larger values are steeper")
+        check_range("beta", self.beta, 1)
 
     def __call__(self, *, budget: int, prompt: int, num_layers: int, num_kv_heads: int) -> Tensor:
         """Share the budget out."""
-        free, ceiling = budget - self.protected, prompt - self.protected
+        free, ceiling = budget - self.least, prompt - self.least
         if prompt <= budget or num_layers == 1 or (self.compat and prompt < 2 * free):
             return Uniform()(budget=budget, prompt=prompt, num_layers=num_layers, num_kv_heads=num_kv_heads)
         last = free // self.beta if self.compat else free / self.beta
@@ -249,7 +248,7 @@ class Pyramid:
         step = (2 * first - 2 * free) / (num_layers - 1)
         share = first - (step // 1 if self.compat else step) * torch.arange(num_layers, dtype=torch.float64)
         keep = share.long() if self.compat else largest_remainder(share, free * num_layers)
-        return (keep + self.protected)[:, None].repeat(1, num_kv_heads)
+        return (keep + self.least)[:, None].repeat(1, num_kv_heads)
 
     def surplus(self, *, num_layers: int, num_kv_heads: int) -> int:
         """What the steps' fractions come to if published rounding is asked for."""
@@ -271,10 +270,9 @@ class LayerErrors:
 
     Args:
         error_L: harm done by compressing each layer, >= 0; all zero means uniform.
-        floor: m, tokens that every layer keeps, protected ones included. It is never less than what is protected nor
-            more than the budget.
+        floor: m, tokens that every layer keeps, at least `least` in effect and never more than the budget.
         ceiling: M in budgets, >= 1; no layer gets more than the prompt either.
-        protected: tokens of every head that are kept whatever their score (sinks and recent ones).
+        least: tokens that every head gets, whatever it deserves: room for sinks and recent ones.
 
     Raises:
         ValueError: a ceiling below 1, **or** a negative floor.
@@ -283,7 +281,7 @@ class LayerErrors:
         CompressKV, 2025, section on error-aware layer budgets.
 
     Example:
-        >>> share = LayerErrors(error_L=torch.tensor([0.1, 0.6, 0.3]), floor=8, ceiling=3.0, protected=4)
+        >>> share = LayerErrors(error_L=torch.tensor([0.1, 0.6, 0.3]), floor=8, ceiling=3.0, least=4)
         >>> share(budget=18, prompt=100, num_layers=3, num_kv_heads=1).tolist()
         [[11], [26], [17]]
     """
@@ -291,13 +289,11 @@ class LayerErrors:
     error_L: Tensor
     floor: int
     ceiling: float
-    protected: int
+    least: int
 
     def __post_init__(self) -> None:
-        if not self.ceiling >= 1 or self.floor < 0:
-            raise ValueError(
-                f"ceiling must be at least 1 budget and floor at least 0 tokens, not {self.ceiling} and {self.floor}"
-            )
+        check_range("floor", self.floor, 0)
+        check_range("ceiling", self.ceiling, 1)
 
     def __call__(self, *, budget: int, prompt: int, num_layers: int, num_kv_heads: int) -> Tensor:
         """Share the budget out; the errors must be those of a model with as many layers.
@@ -309,7 +305,7 @@ class LayerErrors:
             raise ValueError(f"layer errors are for {len(self.error_L)} layers, the model has {num_layers}")
         if prompt <= budget:
             return torch.full((num_layers, num_kv_heads), prompt)
-        least = min(max(self.floor, self.protected), budget)
+        least = min(max(self.floor, self.least), budget)
         most = int(min(self.ceiling * budget, prompt))
         error_L = self.error_L.double()
         error_L = error_L / error_L.sum() if error_L.sum() > 0 else torch.full_like(error_L, 1 / num_layers)
@@ -335,13 +331,13 @@ class LayerErrors:
 class LayerTopK:
     """Ada-KV's allocation: the best tokens of a layer, whichever heads they are in, and some of every head.
 
-    Every layer has the same total. With b = budget - protected, each head is given its best alpha b tokens first; what
+    Every layer has the same total. With b = budget - least, each head is given its best alpha b tokens first; what
     is left of the layer's total goes to the best of all others. Protected tokens are kept on top. Equal scores are
     settled by place, then by head.
 
     Args:
         alpha: share of the budget that no head can lose, 0 to 1; 1 is uniform.
-        protected: tokens of every head that are kept whatever their score (sinks and recent ones).
+        least: tokens that every head gets, whatever it deserves: room for sinks and recent ones.
         compat: the published code's arithmetic: the best H b tokens of the layer are counted per head first, and a head
             with c of them keeps round((1 - alpha) c + floor(alpha b)); totals only up to rounding.
 
@@ -353,17 +349,16 @@ class LayerTopK:
 
     Example:
         >>> score, filled = torch.tensor([[[9.0, 8, 7, 6], [5, 1, 1, 1]]]), torch.ones(1, 2, 4, dtype=torch.bool)
-        >>> LayerTopK(alpha=0.5, protected=0).share(torch.tensor([[2, 2]]), score, filled).tolist()
+        >>> LayerTopK(alpha=0.5, least=0).share(torch.tensor([[2, 2]]), score, filled).tolist()
         [[3, 1]]
     """
 
     alpha: float
-    protected: int
+    least: int
     compat: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha must be between 0 and 1, not {self.alpha}")
+        check_range("alpha", self.alpha, 0, 1)
 
     def __call__(self, *, budget: int, prompt: int, num_layers: int, num_kv_heads: int) -> Tensor:
         """Give every layer the same total: that of equal heads, and room for published rounding."""
@@ -384,7 +379,7 @@ class LayerTopK:
         """Share a layer's total out."""
         H, device = keep_BH.shape[1], keep_BH.device
         budget_B1 = keep_BH[:, -1:]  # the last head's number has no room for rounding
-        free_B1 = (budget_B1 - self.protected).clamp(min=0)
+        free_B1 = (budget_B1 - self.least).clamp(min=0)
         floor_B1 = (self.alpha * free_B1.double()).floor().long()
         protected_BH, held_BH = (score_BHS.isposinf() & filled_BHS).sum(-1), filled_BHS.sum(-1)
         safe_BH = torch.maximum(protected_BH, torch.minimum(protected_BH + floor_B1, budget_B1))
@@ -446,10 +441,9 @@ class LayerPreference:
     compat: bool = False
 
     def __post_init__(self) -> None:
-        if self.window < 1:
-            raise ValueError(f"window must be at least 1, not {self.window}")
-        if not (self.tau1 >= 0.1 and self.tau2 >= 0.1):
-            raise ValueError(f"tau1 and tau2 must be at least 0.1, not {self.tau1} and {self.tau2}")
+        check_range("window", self.window, 1)
+        check_range("tau1", self.tau1, 0.1)
+        check_range("tau2", self.tau2, 0.1)
 
     def __call__(self, *, budget: int, prompt: int, num_layers: int, num_kv_heads: int) -> Tensor:
         """Give every head the same: only the total counts."""

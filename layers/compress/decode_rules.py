@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from layers.options import check_range
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReplaceWorst:
@@ -41,11 +43,8 @@ class ReplaceWorst:
     def __post_init__(self) -> None:
         if self.heads not in ("group", "layer"):
             raise ValueError(f'heads must be "group" or "layer", not {self.heads!r}')
-        if self.recent < 0 or not 0 <= self.recent_share <= 1:
-            raise ValueError(
-                "recent must be at least 0 and its share of the budget between 0 and 1, "
-                f"not {self.recent} and {self.recent_share}"
-            )
+        check_range("recent", self.recent, 0)
+        check_range("recent_share", self.recent_share, 0, 1)
 
     def protected(self, budget: Tensor) -> Tensor:
         """How many of the last tokens may not go, of regions with such budgets in tokens; int32."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from layers.compress.scorers import Observation
 from layers.linear import Linear
+from layers.options import check_range
 
 _FIRST = 64  # values that are looked at at first, at least: fewer cost as much
 
@@ -76,8 +77,7 @@ class ProjectedValues:
     epsilon: float = 1e-4
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha must be between 0 and 1, not {self.alpha}")
+        check_range("alpha", self.alpha, 0, 1)
 
     def __call__(self, score_BHS: Tensor, keep_BH: Tensor, seen: Observation) -> Tensor:
         """Score again."""

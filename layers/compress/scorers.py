@@ -14,6 +14,7 @@ from kernels.rope import apply_rope
 from kernels.window_scores import window_scores
 from layers.compress.sentences import spread_within_sentences
 from layers.linear import Linear
+from layers.options import check_range
 
 _FARTHEST = 2**20  # beyond all contexts, and angles are still numbers
 
@@ -290,11 +291,11 @@ class VaryingAttention:
     pool: int = 5
 
     def __post_init__(self) -> None:
-        if self.window < 1 or not 0 <= self.gamma < float("inf") or self.pool < 1 or self.pool % 2 == 0:
-            raise ValueError(
-                "window must be at least 1, gamma at least 0 and finite, pool odd, "
-                f"not {self.window}, {self.gamma} and {self.pool}"
-            )
+        check_range("window", self.window, 1)
+        check_range("gamma", self.gamma, 0, below=math.inf)
+        check_range("pool", self.pool, 1)
+        if self.pool % 2 == 0:
+            raise ValueError(f"pool must be odd, not {self.pool}")
 
     def __call__(self, seen: Observation) -> Tensor:
         """Score by attention and its variance."""
@@ -446,10 +447,8 @@ class ExpectedAttention:
     compat: bool = False
 
     def __post_init__(self) -> None:
-        if not 1 <= self.future <= _FARTHEST:
-            raise ValueError(f"future must be from 1 to {_FARTHEST:,}, not {self.future}")
-        if not 0 <= self.epsilon < float("inf"):
-            raise ValueError(f"epsilon must be at least 0, not {self.epsilon}")
+        check_range("future", self.future, 1, _FARTHEST)
+        check_range("epsilon", self.epsilon, 0, below=math.inf)
 
     def __call__(self, seen: Observation) -> Tensor:
         """Score by expected attention."""

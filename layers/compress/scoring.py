@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from layers.compress.scorers import WindowAttention
+from layers.options import check_range
 
 MOST = 4096  # tokens that windows and pooling reach: far beyond any use, and their work is bounded
 
@@ -44,8 +45,7 @@ class Scoring:
 
     def __post_init__(self) -> None:
         for name, least in (("window", 1), ("ahead", 0), ("behind", 0), ("always", 0)):
-            if not least <= getattr(self, name) <= MOST:
-                raise ValueError(f"{name} must be from {least} to {MOST:,}, not {getattr(self, name)}")
+            check_range(name, getattr(self, name), least, MOST)
         for name in ("rows", "group", "pooling"):
             if getattr(self, name) not in ("mean", "max"):
                 raise ValueError(f'{name} must be "mean" or "max", not {getattr(self, name)!r}')
@@ -94,7 +94,7 @@ TUNED = Scoring(window=32, rows="max", group="max", ahead=12, behind=0, sinks=4,
 """What measured best on prompts kept apart from every test prompt; see recipes/LOG.md."""
 
 ADAPTIVE = replace(TUNED, ahead=24, stop="sentence", always=4)
-"""The same, but a hot token protects what follows up to the end of its sentence; see recipes/LOG.md."""
+"""The same, but what follows a hot token shares its score up to the end of the sentence; see recipes/LOG.md."""
 
 
 def presets(as_published: Scoring) -> dict[str, Scoring]:

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor
 from layers.compress.allocators import uniform
 from layers.compress.scoring import Scoring
 from layers.methods.base import Allocate, Method
+from layers.options import Option, options_of, read_options
 
 
 def method_names() -> list[str]:
@@ -60,7 +61,25 @@ def build_method(spec: str, importance: Mapping[str, Tensor] | None = None) -> M
         >>> build_method("snapkv:window=16").scorer.window
         16
         >>> build_method("snapkv:allocator=adakv,alpha=0.5").allocator
-        LayerTopK(alpha=0.5, protected=32, compat=False)
+        LayerTopK(alpha=0.5, least=32, compat=False)
+    """
+    name, tail, inner = _parts(spec)
+    module = _module(name)
+    if not hasattr(module, "wrap"):
+        return _made(spec, lambda: _build(name, tail, importance or {}))
+    changed = build_method(inner, importance)
+    options = read_options(name, tail, describe(spec).own)
+    return _made(spec.partition("+")[0], lambda: module.wrap(changed, **options))
+
+
+_CHANGED = "what changes before what is changed, as in criticalkv+snapkv or kvsharer+headkv"
+
+
+def _parts(spec: str) -> tuple[str, str, str]:
+    """Name, options, and the method that it changes; empty where it changes none.
+
+    Raises:
+        ValueError: there is no such method, **or** one side of a plus is empty, **or** it changes none and is to.
     """
     outer, plus, inner = spec.partition("+")
     name, _, tail = outer.partition(":")
@@ -68,17 +87,10 @@ def build_method(spec: str, importance: Mapping[str, Tensor] | None = None) -> M
         raise ValueError(f"{spec!r} lacks a method on one side of the plus: write {_CHANGED}")
     if name not in method_names():
         raise ValueError(f"no cache method is called {name!r}: choose from {', '.join(method_names())}")
-    module = _module(name)
-    if hasattr(module, "wrap"):
-        changed = build_method(inner if plus else module.CHANGES, importance)
-        options = _read_options(name, tail, _option_types(module.wrap))
-        return _made(outer, lambda: module.wrap(changed, **options))
-    if plus:
+    changes: str = getattr(_module(name), "CHANGES", "")
+    if plus and not changes:
         raise ValueError(f"{name} is complete and changes no other method: instead of {spec!r}, write {_CHANGED}")
-    return _made(outer, lambda: _build(name, tail, importance or {}))
-
-
-_CHANGED = "what changes before what is changed, as in criticalkv+snapkv or kvsharer+headkv"
+    return name, tail, inner or changes
 
 
 def _made(spec: str, make: Callable[[], Method]) -> Method:
@@ -91,31 +103,104 @@ def _made(spec: str, make: Callable[[], Method]) -> Method:
 
 
 def _build(name: str, tail: str, importance: Mapping[str, Tensor]) -> Method:
-    module = _module(name)
-    parameters = inspect.signature(module.build).parameters
-    allocate = _allocate(name, tail)
-    types = _option_types(module.build)
-    allocator_types = {"allocator": "str", **_option_types(allocate)} if allocate else {}
-    scoring_types = {f.name: str(f.type) for f in fields(Scoring)} if "scoring" in parameters else {}
-    presets = {"preset": "str"} if scoring_types else {}
-    options = _read_options(name, tail, allocator_types | types | scoring_types | presets)
+    about = describe(f"{name}:{tail}")
+    values = read_options(name, tail, about.options)
+    build, allocate = _module(name).build, _allocate(name, tail)
 
-    arguments: dict[str, object] = {key: value for key, value in options.items() if key in types}
-    if "importance" in parameters:
+    def chosen(options: Mapping[str, Option]) -> dict[str, Any]:
+        return {key: value for key, value in values.items() if key in options}
+
+    arguments = chosen(about.own)
+    if _takes_importance(build):
         arguments["importance"] = importance
-    if scoring_types:
-        preset = options.get("preset")
-        if preset is not None and preset not in module.PRESETS:
-            raise ValueError(f"{name} has no preset {preset!r}: choose from {', '.join(module.PRESETS)}")
-        scoring = module.PRESETS[preset] if preset else parameters["scoring"].default
-        arguments["scoring"] = replace(scoring, **{k: v for k, v in options.items() if k in scoring_types})
+    if about.presets:
+        preset = values.get("preset", about.choices["preset"].default)
+        if preset not in about.presets:
+            raise ValueError(f"{name} has no preset {preset!r}: choose from {', '.join(about.presets)}")
+        arguments["scoring"] = replace(about.presets[preset], **chosen(about.scoring))
     if allocate:
-        chosen = {k: v for k, v in options.items() if k in allocator_types and k != "allocator"}
-        if _takes_importance(allocate):
-            chosen["importance"] = importance
-        arguments["allocator"] = partial(allocate, **chosen)
-    method: Method = module.build(**arguments)
+        given = {"importance": importance} if _takes_importance(allocate) else {}
+        arguments["allocator"] = partial(allocate, **given, **chosen(about.budgets))
+    method: Method = build(**arguments)
     return method
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What users may set of a method, all of it from its signatures and docstrings.
+
+    Args:
+        name: of the method.
+        allocator: whose budgets it has; empty where it takes none of others.
+        choices: its options "allocator" and "preset".
+        budgets: options of these budgets.
+        own: options that only this method has.
+        scoring: options of the scores that every method with a window has.
+        presets: settings of all `scoring` options by the name that "preset" takes.
+        changes: the method that it changes; empty where it is complete in itself.
+    """
+
+    name: str
+    allocator: str
+    choices: Mapping[str, Option]
+    budgets: Mapping[str, Option]
+    own: Mapping[str, Option]
+    scoring: Mapping[str, Option]
+    presets: Mapping[str, Scoring]
+    changes: str
+
+    @property
+    def options(self) -> dict[str, Option]:
+        """All options; one that budgets and scores have in common sets both."""
+        return {**self.choices, **self.budgets, **self.own, **self.scoring}
+
+
+def describe(spec: str) -> Description:
+    """Tell what may be set of a method.
+
+    Args:
+        spec: as `build_method` takes it; of its options, only "allocator" matters, whose budgets have options.
+
+    Returns:
+        The description; where a method changes another, only that of the first.
+
+    Raises:
+        ValueError: there is no such method or allocator.
+
+    Example:
+        >>> about = describe("snapkv:allocator=adakv")
+        >>> list(about.budgets), about.scoring["window"].default, list(about.presets)
+        (['alpha', 'compat'], 32, ['published', 'tuned', 'adaptive'])
+    """
+    name, tail, changes = _parts(spec)
+    function = _module(name).wrap if changes else _module(name).build
+    allocate = None if changes else _allocate(name, tail)
+    usual = {key: parameter.default for key, parameter in inspect.signature(function).parameters.items()}
+    allocators = {_allocator(other): other for other in allocator_names()}
+    choices, scoring = {}, {}
+    if allocate:
+        meaning = f"whose way to share the budget out: {', '.join(allocators.values())}"
+        choices["allocator"] = Option(type="str", default=allocators[usual["allocator"]], meaning=meaning)
+    presets: dict[str, Scoring] = _module(name).PRESETS if "scoring" in usual else {}
+    if presets:
+        default = next(preset for preset in presets if presets[preset] == usual["scoring"])
+        meaning = f"settings of the scores: {', '.join(presets)}"
+        choices["preset"] = Option(type="str", default=default, meaning=meaning)
+        made = options_of(Scoring)
+        scoring = {key: replace(option, default=getattr(presets[default], key)) for key, option in made.items()}
+    return Description(
+        name=name,
+        allocator=allocators[allocate] if allocate else "",
+        choices=choices,
+        budgets=options_of(allocate, without=_MADE_HERE) if allocate else {},
+        own=options_of(function, without=_MADE_HERE),
+        scoring=scoring,
+        presets=presets,
+        changes=changes,
+    )
+
+
+_MADE_HERE = ("importance", "scoring", "allocator", "least", "method")
 
 
 def needs_importance(spec: str) -> bool:
@@ -125,14 +210,13 @@ def needs_importance(spec: str) -> bool:
         >>> needs_importance("headkv:beta=2"), needs_importance("snapkv"), needs_importance("snapkv:allocator=headkv")
         (True, False, True)
     """
-    outer, plus, inner = spec.partition("+")
-    name, _, tail = outer.partition(":")
-    if name in method_names() and hasattr(_module(name), "wrap"):
-        return needs_importance(inner if plus else _module(name).CHANGES)
     try:
-        allocate = _allocate(name, tail) if name in method_names() else None
+        name, tail, changed = _parts(spec)
+        allocate = None if changed else _allocate(name, tail)
     except ValueError:
         return False
+    if changed:
+        return needs_importance(changed)
     return allocate is not None and (_takes_importance(allocate) or _takes_importance(_module(name).build))
 
 
@@ -152,42 +236,14 @@ def _allocate(name: str, options: str) -> Allocate | None:
         return None
     if chosen is not None and chosen not in allocator_names():
         raise ValueError(f"{name} has no allocator {chosen!r}: choose from {', '.join(allocator_names())}")
-    allocate: Allocate = parameter.default
-    if chosen is not None:
-        allocate = uniform if chosen == "uniform" else _module(chosen).allocate
+    allocate: Allocate = parameter.default if chosen is None else _allocator(chosen)
+    return allocate
+
+
+def _allocator(name: str) -> Allocate:
+    allocate: Allocate = uniform if name == "uniform" else _module(name).allocate
     return allocate
 
 
 def _takes_importance(function: Callable[..., object]) -> bool:
     return "importance" in inspect.signature(function).parameters
-
-
-def _option_types(function: Callable[..., object]) -> dict[str, str]:
-    """Types of the arguments that a user may set."""
-    made_here = ("importance", "scoring", "allocator", "protected", "method")
-    return {key: str(p.annotation) for key, p in inspect.signature(function).parameters.items() if key not in made_here}
-
-
-def _read_options(method: str, text: str, types: Mapping[str, str]) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    for item in filter(None, text.split(",")):
-        key, equals, value = item.partition("=")
-        if key in types and not equals:
-            raise ValueError(f"{method}: option {key} needs a value: write {key}=...")
-        if key not in types:
-            known = f"write name=value with {', '.join(types)}" if types else "it takes none"
-            raise ValueError(f"{method} has no option {item!r}: {known}")
-        if key in options:
-            raise ValueError(f"{method}: option {key} is given twice in {text!r}: write it once")
-        try:
-            options[key] = _READERS.get(types[key], str)(value)
-        except (ValueError, KeyError):
-            raise ValueError(f"{method}: option {key} takes {types[key]}, not {value!r}") from None
-    return options
-
-
-_READERS: dict[str, Callable[[str], Any]] = {
-    "int": int,
-    "float": float,
-    "bool": lambda text: {"true": True, "false": False}[text.lower()],
-}

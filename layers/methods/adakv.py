@@ -9,23 +9,23 @@ from layers.methods.base import Allocate, Method, observing
 PRESETS = presets(published(window=32))
 
 
-def allocate(*, protected: int, alpha: float = 0.2, compat: bool = False) -> LayerTopK:
+def allocate(*, least: int, alpha: float = 0.2, compat: bool = False) -> LayerTopK:
     """Every layer keeps C tokens per KV head; which head keeps them is up to their scores.
 
-    With b = C - protected and H heads, each head is given its best floor(alpha b) tokens (the safeguard), then the
-    best of all other tokens of the layer follow until it has H b; protected ones are on top.
+    With b = C - least and H heads, each head is given its best floor(alpha b) tokens (the safeguard), then the
+    best of all other tokens of the layer follow until it has H b; protected tokens are on top.
 
     Args:
-        protected: tokens that every head keeps whatever their score.
+        least: tokens that every head gets, whatever it deserves.
         alpha: share of the budget that no head can lose; 0.2 as published for models with grouped queries.
         compat: the published code: the layer's best H b tokens are counted per head, and a head with c of them keeps
             round((1 - alpha) c + floor(alpha b)) tokens, so that a layer's total may be off by half a token per head.
 
     Example:
-        >>> allocate(protected=4).alpha
+        >>> allocate(least=4).alpha
         0.2
     """
-    return LayerTopK(alpha=alpha, protected=protected, compat=compat)
+    return LayerTopK(alpha=alpha, least=least, compat=compat)
 
 
 def build(*, allocator: Allocate = allocate, scoring: Scoring = PRESETS["published"]) -> Method:

@@ -13,9 +13,10 @@ from layers.compress.decode_rules import ReplaceWorst
 from layers.compress.refiners import Refiner
 from layers.compress.scorers import Scorer
 from layers.compress.scoring import Scoring
+from layers.options import check_range
 
 Allocate = Callable[..., Allocator]
-"""Makes an allocator, given `protected`: the tokens of every head that the method keeps whatever their score."""
+"""Makes an allocator, given `least`: tokens that every head gets, room for those that are kept in any case."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +63,8 @@ class Method:
     in_cache: bool = False
 
     def __post_init__(self) -> None:
-        least = 0 if self.evict else 1
-        if self.sinks < 0 or self.recent < least:
-            raise ValueError(
-                f"{self.name}: sinks must be at least 0 and recent at least {least}, not {self.sinks}, {self.recent}"
-            )
+        check_range("sinks", self.sinks, 0)
+        check_range("recent", self.recent, 0 if self.evict else 1)
         if self.evict is not None and self.evict.heads == "layer" and not isinstance(self.allocator, Uniform):
             raise ValueError(f"{self.name} keeps one set of tokens for all heads of a layer: its budgets must be equal")
         if self.spreading is not None and (self.evict is not None or self.refine is not None):
@@ -74,13 +72,31 @@ class Method:
                 f"{self.name} needs each layer's budget at once, and layers that compete for the model's total have "
                 "theirs at the end only: choose another allocator"
             )
-        if not 0 <= self.shared_layers < 1:
-            raise ValueError(f"{self.name}: the share must be from 0 to below 1, not {self.shared_layers}")
 
     @property
-    def protected(self) -> int:
-        """Tokens that every head keeps whatever their score: the smallest budget that makes sense."""
+    def least(self) -> int:
+        """The smallest budget that makes sense: room for sinks and recent tokens, and for one token in any case."""
         return max(1, self.sinks + self.recent)
+
+    def too_small(self, remedy: str) -> str:
+        """What to say of a budget below `least`: which options make it what it is, and what to do.
+
+        Args:
+            remedy: what helps besides lower options.
+
+        Example:
+            >>> from layers.methods import build_method
+            >>> build_method("snapkv:sinks=4").too_small("raise the budget")
+            'snapkv always keeps 36 tokens per KV head (sinks=4 and recent=32): raise the budget, or lower ...'
+        """
+        lower = [name for name, most in (("sinks", 0), ("recent", 1)) if getattr(self, name) > most]
+        parts = [f"{name}={getattr(self, name)}" for name in lower] + ["the last one"] * (self.recent == 1)
+        what = f"{self.least} token{'s' * (self.least > 1)} per KV head"
+        if parts:
+            what += f" ({' and '.join(parts)})"
+        if lower:
+            remedy += f", or lower {' or '.join(lower)}"
+        return f"{self.name} always keeps {what}: {remedy}"
 
     @property
     def turned_sinks(self) -> int:
@@ -190,7 +206,7 @@ def observing(
         summary=summary,
         scorer=scorer or scoring.scorer,
         attention=True,
-        allocator=allocator(protected=scoring.protected),
+        allocator=allocator(least=scoring.protected),
         sinks=scoring.sinks,
         recent=scoring.recent,
         sentences=scoring.sentences,

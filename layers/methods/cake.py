@@ -9,7 +9,7 @@ from layers.methods.base import Allocate, Method
 
 def allocate(
     *,
-    protected: int,
+    least: int,
     window: int = 32,
     tau1: float = 1.0,
     tau2: float = 1.0,
@@ -31,7 +31,7 @@ def allocate(
     the published code, would let prompts change each other's budgets; here every row has its own.
 
     Args:
-        protected: tokens that every head keeps whatever their score.
+        least: tokens that every head gets, whatever it deserves.
         window: last queries that are looked at.
         tau1: temperature of the dispersion.
         tau2: temperature of the shift.
@@ -42,7 +42,7 @@ def allocate(
             (Not imitated: prompts of up to C + W tokens are kept whole there, which is more than the budget.)
 
     Example:
-        >>> allocate(protected=32, tau1=1.6, tau2=0.4).tau2
+        >>> allocate(least=32, tau1=1.6, tau2=0.4).tau2
         0.4
     """
     return LayerPreference(window=window, tau1=tau1, tau2=tau2, cascade=cascade, compat=compat)
@@ -84,7 +84,7 @@ def build(
         summary="as snapkv, but the layers compete for the budget",
         attention=True,
         scorer=VaryingAttention(window=window, gamma=gamma, pool=pool),
-        allocator=allocator(protected=sinks + recent),
+        allocator=allocator(least=sinks + recent),
         sinks=sinks,
         recent=recent,
     )

@@ -10,34 +10,35 @@ from layers.compress.allocators import LayerErrors
 from layers.compress.scorers import ChosenHeads
 from layers.compress.scoring import Scoring, presets
 from layers.methods.base import Allocate, Method, calibrated, observing
+from layers.options import check_range
 
 PRESETS = presets(Scoring(window=8, rows="mean", group="mean", ahead=2, behind=2, sinks=0, recent=8, pooling="mean"))
 
 
-def allocate(*, protected: int, importance: Mapping[str, Tensor], floor: int = 32, ceiling: float = 3.0) -> LayerErrors:
+def allocate(*, least: int, importance: Mapping[str, Tensor], floor: int = 32, ceiling: float = 3.0) -> LayerErrors:
     """Budgets by the harm that compressing each layer does.
 
     With budget C, T = C L and errors e that add up to 1, every KV head of layer l keeps
-    clip(m + round(e_l (T - m L)), m, M) tokens, protected ones included, with m = 32 and M = 3 C. What T then lacks is
-    given to the layers one token at a time, the largest error first; what is too much is taken from them, the smallest
-    first. So budgets of 32 or less are equal.
+    clip(m + round(e_l (T - m L)), m, M) tokens, with m = 32 and M = 3 C. What T then lacks is given to the layers one
+    token at a time, the largest error first; what is too much is taken from them, the smallest first. So budgets of 32
+    or less are equal.
 
     Args:
-        protected: tokens that every head keeps whatever their score.
+        least: tokens that every head gets, whatever it deserves.
         importance: what calibration found: "layer_errors", (L,).
-        floor: m, at least `protected` in effect.
-        ceiling: M / C, >= 1.
+        floor: tokens that every layer keeps, m; never less than sinks and recent ones.
+        ceiling: the most that a layer keeps, M, in budgets; >= 1.
 
     Raises:
         ValueError: no layer errors are given.
 
     Example:
         >>> import torch
-        >>> allocate(protected=8, importance={"layer_errors": torch.rand(2)}).floor
+        >>> allocate(least=8, importance={"layer_errors": torch.rand(2)}).floor
         32
     """
     error_L = calibrated("compresskv", importance, "layer_errors")
-    return LayerErrors(error_L=error_L, floor=floor, ceiling=ceiling, protected=protected)
+    return LayerErrors(error_L=error_L, floor=floor, ceiling=ceiling, least=least)
 
 
 def build(
@@ -73,8 +74,7 @@ def build(
         >>> build(importance={"semantic": torch.tensor([[0.0, 2.0, 1.0]])}, allocator=uniform, heads=2).scorer.heads
         ((1, 2),)
     """
-    if heads < 1:
-        raise ValueError(f"compresskv needs at least 1 head of each layer that votes, not {heads}")
+    check_range("heads", heads, 1)
     best_LN = calibrated("compresskv", importance, "semantic").argsort(dim=1, descending=True, stable=True)
     return observing(
         name="compresskv",

@@ -43,7 +43,7 @@ def build(
         Distribution, 2025.
 
     Example:
-        >>> build().protected
+        >>> build().least
         5
     """
     return Method(
@@ -52,7 +52,7 @@ def build(
         summary="what queries like those so far will attend to, whatever is asked",
         attention=True,
         scorer=ExpectedAttention(sinks=sinks, future=future, epsilon=epsilon, use_vnorm=use_vnorm, compat=compat),
-        allocator=allocator(protected=sinks + recent),
+        allocator=allocator(least=sinks + recent),
         sinks=sinks,
         recent=recent,
     )

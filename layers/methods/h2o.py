@@ -6,6 +6,7 @@ from layers.compress.allocators import uniform
 from layers.compress.decode_rules import ReplaceWorst
 from layers.compress.scorers import AttentionSums
 from layers.methods.base import Allocate, Method
+from layers.options import check_range
 
 
 def build(*, allocator: Allocate = uniform, ratio: float = 0.5) -> Method:
@@ -36,8 +37,7 @@ def build(*, allocator: Allocate = uniform, ratio: float = 0.5) -> Method:
         >>> build().evict.recent_share
         0.5
     """
-    if not 0 <= ratio <= 1:
-        raise ValueError(f"ratio must be a share of the budget between 0 and 1, not {ratio}")
+    check_range("ratio", ratio, 0, 1)
     return Method(
         name="h2o",
         paper="H2O, arXiv 2306.14048",
@@ -45,7 +45,7 @@ def build(*, allocator: Allocate = uniform, ratio: float = 0.5) -> Method:
         attention=True,
         lse=True,
         scorer=AttentionSums(),
-        allocator=allocator(protected=1),
+        allocator=allocator(least=1),
         recent=0,
         evict=ReplaceWorst(accumulate=True, heads="group", recent_share=ratio),
     )

@@ -14,15 +14,15 @@ PRESETS = presets(published(window=8))
 
 
 def allocate(
-    *, protected: int, importance: Mapping[str, Tensor], scores: str = "r2", beta: float = 3.0, compat: bool = False
+    *, least: int, importance: Mapping[str, Tensor], scores: str = "r2", beta: float = 3.0, compat: bool = False
 ) -> HeadImportance:
     """Budgets by head importance.
 
-    With b = C - protected, KV head h of layer l keeps b (1 - 1/beta) + S_lh (b/beta) L H tokens, protected ones on top;
+    With b = C - least, KV head h of layer l keeps b (1 - 1/beta) + S_lh (b/beta) L H tokens, and `least` on top;
     S is the importance of its query heads, averaged over the group and normalised over the model.
 
     Args:
-        protected: tokens that every head keeps whatever their score.
+        least: tokens that every head gets, whatever it deserves.
         importance: (L, N) query-head scores by kind.
         scores: which kind: "r" (retrieval) or "r2" (retrieval and reasoning).
         beta: >= 1; larger shares less. The paper picks it per model and budget among 1.005 … 10.
@@ -33,7 +33,7 @@ def allocate(
 
     Example:
         >>> import torch
-        >>> allocate(protected=8, importance={"r2": torch.rand(2, 4)}).beta
+        >>> allocate(least=8, importance={"r2": torch.rand(2, 4)}).beta
         3.0
     """
     importance_LN = calibrated("headkv", importance, scores)
@@ -41,7 +41,7 @@ def allocate(
         raise ValueError(
             f"headkv shares budgets out by heads, and {scores!r} tells layers apart: choose r, r2 or semantic"
         )
-    return HeadImportance(importance_LN=importance_LN, beta=beta, protected=protected, compat=compat)
+    return HeadImportance(importance_LN=importance_LN, beta=beta, least=least, compat=compat)
 
 
 def build(*, allocator: Allocate = allocate, scoring: Scoring = PRESETS["tuned"]) -> Method:

@@ -16,12 +16,12 @@ PRESETS = headkv.PRESETS
 
 
 def allocate(
-    *, protected: int, importance: Mapping[str, Tensor], beta: float = 1.01, compat: bool = False
+    *, least: int, importance: Mapping[str, Tensor], beta: float = 1.01, compat: bool = False
 ) -> HeadImportance:
     """Budgets by retrieval and reasoning scores; see `layers.methods.headkv.allocate`.
 
     Args:
-        protected: tokens that every head keeps whatever their score.
+        least: tokens that every head gets, whatever it deserves.
         importance: (L, N) query-head scores by kind, "r2" among them.
         beta: >= 1; larger shares less. 1.01 is what the paper picks for Llama-3-8B and 128 tokens.
         compat: the published code's rounding instead of exact, water-filled totals.
@@ -31,10 +31,10 @@ def allocate(
 
     Example:
         >>> import torch
-        >>> allocate(protected=8, importance={"r2": torch.rand(2, 4)}).beta
+        >>> allocate(least=8, importance={"r2": torch.rand(2, 4)}).beta
         1.01
     """
-    return headkv.allocate(protected=protected, importance=importance, scores="r2", beta=beta, compat=compat)
+    return headkv.allocate(least=least, importance=importance, scores="r2", beta=beta, compat=compat)
 
 
 def build(*, allocator: Allocate = allocate, scoring: Scoring = PRESETS["published"]) -> Method:
@@ -54,7 +54,7 @@ def build(*, allocator: Allocate = allocate, scoring: Scoring = PRESETS["publish
     Example:
         >>> import torch
         >>> from functools import partial
-        >>> build(allocator=partial(allocate, importance={"r2": torch.rand(2, 4)})).protected
+        >>> build(allocator=partial(allocate, importance={"r2": torch.rand(2, 4)})).least
         8
     """
     return replace(

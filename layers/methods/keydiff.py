@@ -25,7 +25,7 @@ def build(*, allocator: Allocate = uniform, sinks: int = 0, recent: int = 1) -> 
         Resource-Constrained Environments, 2025.
 
     Example:
-        >>> build().protected
+        >>> build().least
         1
     """
     return Method(
@@ -33,7 +33,7 @@ def build(*, allocator: Allocate = uniform, sinks: int = 0, recent: int = 1) -> 
         paper="KeyDiff, arXiv 2504.15364",
         summary="tokens whose keys differ most, whatever is asked",
         scorer=KeyDifference(),
-        allocator=allocator(protected=sinks + recent),
+        allocator=allocator(least=sinks + recent),
         sinks=sinks,
         recent=recent,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from layers.methods.base import Method
+from layers.options import check_range
 
 CHANGES = "full"
 
@@ -29,7 +30,7 @@ def wrap(method: Method, *, share: float = 0.125) -> Method:
             0.25 and 0.375.
 
     Raises:
-        ValueError: the share is not between 0 and 1, **or** the method shares layers already.
+        ValueError: the share is not from 0 to below 1, **or** the method shares layers already.
 
     Source:
         Yang et al., KVSharer: Efficient Inference via Layer-Wise Dissimilar KV Cache Sharing, 2024.
@@ -41,6 +42,7 @@ def wrap(method: Method, *, share: float = 0.125) -> Method:
     """
     if method.shared_layers:
         raise ValueError(f"{method.name} shares layers already: write kvsharer once")
+    check_range("share", share, 0, below=1)
     whole = method.name == CHANGES
     return replace(
         method,

@@ -9,23 +9,23 @@ from layers.methods.base import Allocate, Method, observing
 PRESETS = presets(published(window=8))
 
 
-def allocate(*, protected: int, beta: float = 20.0, compat: bool = False) -> Pyramid:
-    """Budgets that fall from layer to layer in equal steps, protected tokens on top.
+def allocate(*, least: int, beta: float = 20.0, compat: bool = False) -> Pyramid:
+    """Budgets that fall from layer to layer in equal steps, on top of what every head gets.
 
-    With b = C - protected and n tokens, the last of L layers keeps b / beta per head and the first 2b - b / beta. If
-    the first would keep more than there is, it keeps n - protected and the last 2b - (n - protected).
+    With b = C - least and n tokens, the last of L layers keeps b / beta per head and the first 2b - b / beta. If
+    the first would keep more than there is, it keeps n - least and the last 2b - (n - least).
 
     Args:
-        protected: tokens that every head keeps whatever their score.
+        least: tokens that every head gets, whatever it deserves.
         beta: steepness, >= 1; 20 as published.
         compat: the published code: b // beta, a step rounded down to whole tokens, so that the total is up to
             (L - 2) / 2 tokens per head too large, and equal budgets where n < 2b.
 
     Example:
-        >>> allocate(protected=8).beta
+        >>> allocate(least=8).beta
         20.0
     """
-    return Pyramid(beta=beta, protected=protected, compat=compat)
+    return Pyramid(beta=beta, least=least, compat=compat)
 
 
 def build(*, allocator: Allocate = allocate, scoring: Scoring = PRESETS["published"]) -> Method:
@@ -42,7 +42,7 @@ def build(*, allocator: Allocate = allocate, scoring: Scoring = PRESETS["publish
         Cai et al., PyramidKV: Dynamic KV Cache Compression based on Pyramidal Information Funneling, 2024.
 
     Example:
-        >>> build().protected
+        >>> build().least
         8
     """
     return observing(

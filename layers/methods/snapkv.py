@@ -24,7 +24,7 @@ def build(*, allocator: Allocate = uniform, scoring: Scoring = PRESETS["publishe
         Li et al., SnapKV: LLM Knows What You Are Looking for Before Generation, NeurIPS 2024.
 
     Example:
-        >>> build().protected
+        >>> build().least
         32
     """
     return observing(

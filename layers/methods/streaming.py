@@ -41,7 +41,7 @@ def build(*, allocator: Allocate = uniform, sinks: int = 4, positions: str = "ab
         paper="StreamingLLM, arXiv 2309.17453",
         summary="first tokens and recent tokens",
         scorer=Position(),
-        allocator=allocator(protected=sinks + 1),
+        allocator=allocator(least=sinks + 1),
         sinks=sinks,
         ring_over_prompt=True,
         in_cache=positions == "in-cache",
