@@ -84,8 +84,12 @@ def run(main, options, stdin=b""):
 
 
 def files(directory):
-    """All files but the locks of the cache directory, which hold nothing."""
-    found = {path for path in directory.rglob("*") if path.is_file() and path.name != ".lock"}
+    """All files but locks, which hold nothing, and operators: a build in the background may end while others wait."""
+    found = {
+        path
+        for path in directory.rglob("*")
+        if path.is_file() and path.name != ".lock" and path.parent.name != "native"
+    }
     return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in found}
 
 
