@@ -70,7 +70,8 @@ def ragged_prefill_lse(
 ) -> tuple[Tensor, Tensor]:
     """`ragged_prefill` for callers that merge the attention over several sets of keys.
 
-    Keys may be any here, not only those that end with the queries' own.
+    Keys may be any here, not only those that end with the queries' own. Of a query that is padding, with an empty place
+    as its own, nothing that it gives means anything.
 
     Args:
         q_BTND: queries after RoPE, N a multiple of H.
@@ -138,12 +139,13 @@ def reference(
     q_BNTD = q_BTND.transpose(1, 2)
     lse_BTN = q_BTND.new_empty((B, T, N) if lse else 0, dtype=torch.float32)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # no public name of it gives the logarithms
-    fast = not lse or q_BTND.device.type == "cpu"
+    fast = not lse or (T and q_BTND.device.type == "cpu")
     if S == T and (not window or window >= T) and fast and _is_plain(pos_BHS, position_BT):
         empty_BHS1 = (pos_BHS < 0)[..., None]
         k, v = (x.masked_fill(empty_BHS1, 0.0) if empty_BHS1.any() else x for x in (k_BHSD, v_BHSD))
         if lse:
-            o_BNTD, lse_BNT = flash(q_BNTD, k, v, 0.0, True)
+            side_by_side = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BNTD, k, v))
+            o_BNTD, lse_BNT = flash(*side_by_side, 0.0, True)
             return o_BNTD.transpose(1, 2).contiguous(), lse_BNT.transpose(1, 2)
         o_BNTD = F.scaled_dot_product_attention(q_BNTD, k, v, is_causal=True, enable_gqa=N != H)
         return o_BNTD.transpose(1, 2).contiguous(), lse_BTN
@@ -299,6 +301,7 @@ def cases() -> Iterator[Case]:
     """Chunks of awkward sizes after pasts of awkward sizes."""
     yield Case(name="one token", make=partial(_arguments, T=1, past=0))
     yield Case(name="causal, D=80", make=partial(_arguments, T=63, past=0, D=80, B=3))
+    yield Case(name="causal, G=1, logarithms", make=partial(_arguments, T=40, past=0, G=1, B=2, lse=True))
     yield Case(name="causal, sliding, D=256", make=partial(_arguments, T=65, past=0, D=256, H=1, window=7, lse=True))
     yield Case(name="one token, past of 1000", make=partial(_arguments, T=1, past=1000, D=128, lse=True))
     yield Case(name="G=1, past of 64", make=partial(_arguments, T=64, past=64, G=1, lse=True))

@@ -39,12 +39,15 @@ class Option:
         Raises:
             ValueError: the text is not of the option's type.
         """
-        if self.type == "bool" and text.lower() not in ("true", "false"):
-            raise ValueError(f"{text!r} is neither true nor false")
         return _READERS.get(self.type, str)(text)
 
 
-_READERS: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "bool": lambda text: text.lower() == "true"}
+_READERS: dict[str, Callable[[str], Any]] = {
+    "int": int,
+    "float": float,
+    "bool": lambda text: bool(("false", "true").index(text.lower())),
+}
+_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
 
 
 def options_of(function: Callable[..., object], *, without: Collection[str] = ()) -> dict[str, Option]:
@@ -66,10 +69,16 @@ def options_of(function: Callable[..., object], *, without: Collection[str] = ()
     entries = re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", args[1] if args else "", re.MULTILINE)
     meanings = {name: " ".join(text.split()) for name, text in entries}
     return {
-        name: Option(type=str(parameter.annotation), default=parameter.default, meaning=meanings.get(name, ""))
+        name: Option(type=_type(parameter), default=parameter.default, meaning=meanings.get(name, ""))
         for name, parameter in inspect.signature(function).parameters.items()
         if name not in without
     }
+
+
+def _type(parameter: inspect.Parameter) -> str:
+    """The name of its type, whether or not its module has annotations evaluated."""
+    kind = parameter.annotation
+    return kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))
 
 
 def read_options(owner: str, text: str, options: Mapping[str, Option]) -> dict[str, Any]:
@@ -91,7 +100,7 @@ def read_options(owner: str, text: str, options: Mapping[str, Option]) -> dict[s
         {'share': 0.5}
     """
     values: dict[str, Any] = {}
-    for item in filter(None, text.split(",")):
+    for item in filter(None, map(str.strip, text.split(","))):
         name, equals, value = item.partition("=")
         if name in options and not equals:
             raise ValueError(f"{owner}: option {name} needs a value: write {name}=...")
@@ -103,7 +112,8 @@ def read_options(owner: str, text: str, options: Mapping[str, Option]) -> dict[s
         try:
             values[name] = options[name].read(value)
         except ValueError:
-            raise ValueError(f"{owner}: option {name} takes {options[name].type}, not {value!r}") from None
+            kind = _KINDS[options[name].type]
+            raise ValueError(f"{owner}: option {name} takes {kind}, not {value!r}") from None
     return values
 
 

@@ -19,7 +19,6 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from checkpoints import CheckpointError
 from kernels import native
 from layers.methods import build_method, method_names, needs_importance
 from recipes.questions import make_questions
@@ -69,6 +68,10 @@ def measure(loaded: Loaded, *, tokens: int, caches: list[str], budget: int, roun
 
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
+    return cli.run("recipes.bench_compression", lambda: _main(argv))
+
+
+def _main(argv: list[str] | None) -> None:
     changes_layers = "kvsharer"  # another model, whose prefill cannot be replayed
     count = cli.whole_number(1)
     parser = cli.Parser(prog="python -m recipes.bench_compression", description=__doc__.splitlines()[0])
@@ -85,30 +88,26 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--threads", type=cli.whole_number(1, 1024), help="CPU threads")
     parser.add_argument("--output", type=Path, help="json file for the seconds of every round")
+    args = parser.parse_args(argv)
+    commit = machine.commit()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    loaded = load(args.model, dtype=args.dtype)
     try:
-        args = parser.parse_args(argv)
-        commit = machine.commit()
-        if args.threads:
-            torch.set_num_threads(args.threads)
-        loaded = load(args.model, dtype=args.dtype)
         native.load()
-        sizes = {"tokens": args.tokens, "budget": args.budget, "rounds": args.rounds}
-        seconds = measure(loaded, caches=args.caches, **sizes)
-        command = "python -m recipes.bench_compression " + shlex.join(sys.argv[1:] if argv is None else argv)
-        origin = {"model": loaded.name, "dtype": args.dtype, "commit": commit, "command": command}
-        if args.output:
-            args.output.write_text(
-                json.dumps(origin | {"threads": torch.get_num_threads()} | {"seconds": seconds}) + "\n"
-            )
-    except (CheckpointError, ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
+    sizes = {"tokens": args.tokens, "budget": args.budget, "rounds": args.rounds}
+    seconds = measure(loaded, caches=args.caches, **sizes)
+    command = "python -m recipes.bench_compression " + shlex.join(sys.argv[1:] if argv is None else argv)
+    origin = {"model": loaded.name, "dtype": args.dtype, "commit": commit, "command": command}
+    if args.output:
+        args.output.write_text(json.dumps(origin | {"threads": torch.get_num_threads()} | {"seconds": seconds}) + "\n")
     prefill = statistics.median(seconds.pop("prefill"))
     print(f"{loaded.name}, {args.dtype}, {args.tokens:,} tokens: prefill {prefill:.2f} s (median of {args.rounds})\n")
     print("| cache | ms | of prefill |\n|---|---|---|")
     for cache, values in sorted(seconds.items(), key=lambda item: statistics.median(item[1])):
         print(f"| `{cache}` | {statistics.median(values) * 1e3:.0f} | {statistics.median(values) / prefill:.1%} |")
-    return 0
 
 
 if __name__ == "__main__":

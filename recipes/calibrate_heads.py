@@ -19,7 +19,6 @@ Source:
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import random
@@ -35,7 +34,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from checkpoints import CheckpointError, HeadImportance, config_hash, write_importance
+from checkpoints import HeadImportance, config_hash, write_importance
 from checkpoints.storage import atomic_file
 from layers.block import Block
 from layers.cache.base import NoCache
@@ -44,7 +43,7 @@ from layers.methods import build_method
 from layers.methods.base import Method
 from recipes.needles import SPLITS, TASKS, NeedlePrompt, make_prompt
 from recipes.replay import Record
-from zoo import Loaded, load
+from zoo import Loaded, cli, load
 
 ACCEPTED_SHARE = 0.75
 MIN_ACCEPTED = 8
@@ -405,7 +404,11 @@ def calibrate(
 
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m recipes.calibrate_heads", description=__doc__.splitlines()[0])
+    return cli.run("recipes.calibrate_heads", lambda: _main(argv))
+
+
+def _main(argv: list[str] | None) -> None:
+    parser = cli.Parser(prog="python -m recipes.calibrate_heads", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m", help="alias, directory, .gguf file or hub id")
     parser.add_argument("--output", type=Path, required=True, help="json file to write")
     parser.add_argument("--trials", type=int, default=40, help="needle prompts to try")
@@ -418,23 +421,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="CPU threads")
     args = parser.parse_args(argv)
     command = "python -m recipes.calibrate_heads " + " ".join(sys.argv[1:] if argv is None else argv)
-    try:
-        if args.threads:
-            torch.set_num_threads(args.threads)
-        loaded = load(args.model, dtype=args.dtype, device=args.device)
-        partial = args.output.with_name(f"{args.output.name}.partial")
-        scores = calibrate(
-            loaded, trials=args.trials, lengths=args.lengths, seed=args.seed, command=command, partial=partial
-        )
-        write_importance(args.output, scores)
-        partial.unlink()
-    except (CheckpointError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    loaded = load(args.model, dtype=args.dtype, device=args.device)
+    partial = args.output.with_name(f"{args.output.name}.partial")
+    scores = calibrate(
+        loaded, trials=args.trials, lengths=args.lengths, seed=args.seed, command=command, partial=partial
+    )
+    write_importance(args.output, scores)
+    partial.unlink()
     for item in scores:
         halves = item.provenance["split_half_correlation"][item.method]
         print(f"{item.method}: {item.trials} trials, correlation of their halves {halves}")
-    return 0
 
 
 if __name__ == "__main__":

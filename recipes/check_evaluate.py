@@ -9,7 +9,6 @@ at a time, in turns.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 import statistics
@@ -20,11 +19,9 @@ from typing import Any
 
 import torch
 
-from checkpoints import CheckpointError
 from checkpoints.resolve import DEFAULT_MODEL, resolve
 from recipes.perplexity import manual, windows
-from zoo import Loaded, machine
-from zoo.cli import whole_number
+from zoo import Loaded, cli, machine
 
 
 def texts(loaded: Loaded, count: int, tokens: int) -> list[str]:
@@ -96,12 +93,16 @@ def throughput(model: str, pieces: list[str], new_tokens: int, rounds: int) -> d
 
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m recipes.check_evaluate", description=__doc__.splitlines()[0])
+    return cli.run("recipes.check_evaluate", lambda: _main(argv))
+
+
+def _main(argv: list[str] | None) -> None:
+    parser = cli.Parser(prog="python -m recipes.check_evaluate", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=DEFAULT_MODEL, help="alias or folder that transformers can read too")
-    parser.add_argument("--texts", type=whole_number(1), default=8, help="pieces of prose")
-    parser.add_argument("--tokens", type=whole_number(1), default=200, help="of the longest piece")
-    parser.add_argument("--new-tokens", type=whole_number(1), default=32, help="of generated answers")
-    parser.add_argument("--rounds", type=whole_number(1), default=3, help="of the timing")
+    parser.add_argument("--texts", type=cli.whole_number(1), default=8, help="pieces of prose")
+    parser.add_argument("--tokens", type=cli.whole_number(1), default=200, help="of the longest piece")
+    parser.add_argument("--new-tokens", type=cli.whole_number(1), default=32, help="of generated answers")
+    parser.add_argument("--rounds", type=cli.whole_number(1), default=3, help="of the timing")
     parser.add_argument("--output", type=Path, help="json file")
     args = parser.parse_args(argv)
     try:
@@ -109,26 +110,19 @@ def main(argv: list[str] | None = None) -> int:
 
         from zoo.harness import ZooLM
     except ImportError:
-        print("error: this needs lm-eval: run `pip install -c constraints.txt -e '.[test]'`", file=sys.stderr)
-        return 2
-    try:
-        commit = machine.commit()
-        path = resolve(args.model)
-        where = (
-            {"pretrained": str(path.parent), "gguf_file": path.name} if path.is_file() else {"pretrained": str(path)}
-        )
-        theirs = HFLM(**where, device="cpu", dtype="float32", batch_size=4)
-        ours = ZooLM(args.model, cache="full", batch_size=4)
-        pieces = texts(ours.loaded, args.texts, args.tokens)
-        found = differences(ours, theirs, pieces, args.new_tokens)
-        speed = throughput(args.model, pieces, args.new_tokens, args.rounds)
-        origin = {"model": args.model, "commit": commit, "machine": machine.description(torch.device("cpu"))}
-        origin["command"] = "python -m recipes.check_evaluate " + shlex.join(sys.argv[1:] if argv is None else argv)
-        if args.output:
-            args.output.write_text(json.dumps(origin | {"full": found, "batches": speed}) + "\n")
-    except (CheckpointError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        raise ValueError("this needs lm-eval: run `pip install -c constraints.txt -e '.[test]'`") from None
+    commit = machine.commit()
+    path = resolve(args.model)
+    where = {"pretrained": str(path.parent), "gguf_file": path.name} if path.is_file() else {"pretrained": str(path)}
+    theirs = HFLM(**where, device="cpu", dtype="float32", batch_size=4)
+    ours = ZooLM(args.model, cache="full", batch_size=4)
+    pieces = texts(ours.loaded, args.texts, args.tokens)
+    found = differences(ours, theirs, pieces, args.new_tokens)
+    speed = throughput(args.model, pieces, args.new_tokens, args.rounds)
+    origin = {"model": args.model, "commit": commit, "machine": machine.description(torch.device("cpu"))}
+    origin["command"] = "python -m recipes.check_evaluate " + shlex.join(sys.argv[1:] if argv is None else argv)
+    if args.output:
+        args.output.write_text(json.dumps(origin | {"full": found, "batches": speed}) + "\n")
     print("| request | of lm-eval's own backend |\n|---|---|")
     for kind, values in found.items():
         said = f"{values['largest']:.1e} nats apart at most" if "largest" in values else f"{values['same']} the same"
@@ -136,7 +130,6 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"\nEight at a time is {speed['ratio']:.1f} times as fast, {speed['same']} of {speed['answers']} answers alike."
     )
-    return 0
 
 
 if __name__ == "__main__":

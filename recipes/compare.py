@@ -93,17 +93,16 @@ def tables(rows: Iterable[dict[str, Any]], a: str, b: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
+    return cli.run("recipes.compare", lambda: _main(argv))
+
+
+def _main(argv: list[str] | None) -> None:
     parser = cli.Parser(prog="python -m recipes.compare", description=__doc__.splitlines()[0])
     parser.add_argument("a", metavar="A", help="cache, as its rows name it")
     parser.add_argument("b", metavar="B", help="cache to compare it with")
     parser.add_argument("--scores", type=Path, default=SCORES, help="jsonl file of recipes.leaderboard")
-    try:
-        args = parser.parse_args(argv)
-        print(tables(read_scores(args.scores), args.a, args.b), end="")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    args = parser.parse_args(argv)
+    print(tables(read_scores(args.scores), args.a, args.b), end="")
 
 
 if __name__ == "__main__":

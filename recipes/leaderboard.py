@@ -29,7 +29,6 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from checkpoints import CheckpointError
 from layers.methods import build_method, needs_importance
 from recipes import cluster, press_scores
 from recipes.needles import TASKS as NEEDLES
@@ -132,6 +131,10 @@ def _settled(row: dict[str, Any], cache: str) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
+    return cli.run("recipes.leaderboard", lambda: _main(argv))
+
+
+def _main(argv: list[str] | None) -> None:
     count = cli.whole_number(1)
     parser = cli.Parser(prog="python -m recipes.leaderboard", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m", help="alias, directory, .gguf file or hub id")
@@ -167,35 +170,33 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=cli.whole_number(1, 1024), help="CPU threads, with --engine ray per worker")
     parser.add_argument("--engine", choices=["local", "ray"], default="local", help="ray: questions over a Ray cluster")
     parser.add_argument("--workers", type=count, help="with --engine ray (default: as many as the cluster holds)")
+    args = parser.parse_args(argv)
+    for path in filter(None, (args.output, args.table)):
+        if path.is_dir() or not path.parent.is_dir():
+            raise ValueError(f"{path} cannot be written: give a file in a folder that exists")
+    args.peers = press_scores.names(args.peers)
+    commit = machine.commit()  # before the long part, during which the tree may change
+    if args.engine == "ray":
+        cluster.require_ray()
+    loaded = load_model(args)
+    origin = {
+        "model": loaded.name,
+        "dtype": args.dtype,
+        "template_sha256": loaded.chat.template_hash,
+        "stop_ids": sorted(loaded.chat.stop_ids),
+        "importance_sha256": _sha256(args.importance),
+        "sharing_sha256": _sha256(args.sharing),
+        "commit": commit,
+        "command": "python -m recipes.leaderboard " + shlex.join(sys.argv[1:] if argv is None else argv),
+    }
     try:
-        args = parser.parse_args(argv)
-        for path in filter(None, (args.output, args.table)):
-            if path.is_dir() or not path.parent.is_dir():
-                raise ValueError(f"{path} cannot be written: give a file in a folder that exists")
-        args.peers = press_scores.names(args.peers)
-        commit = machine.commit()  # before the long part, during which the tree may change
-        if args.engine == "ray":
-            cluster.require_ray()
-        loaded = load_model(args)
-        origin = {
-            "model": loaded.name,
-            "dtype": args.dtype,
-            "template_sha256": loaded.chat.template_hash,
-            "stop_ids": sorted(loaded.chat.stop_ids),
-            "importance_sha256": _sha256(args.importance),
-            "sharing_sha256": _sha256(args.sharing),
-            "commit": commit,
-            "command": "python -m recipes.leaderboard " + shlex.join(sys.argv[1:] if argv is None else argv),
-        }
         rows = run(loaded, args, origin)
-        text = table(rows)
-        if args.table:
-            args.table.write_text(text)
-    except (CheckpointError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except KeyboardInterrupt:
+        raise ValueError(f"interrupted: what is done is in {args.output}, the same command goes on") from None
+    text = table(rows)
+    if args.table:
+        args.table.write_text(text)
     print(text, end="")
-    return 0
 
 
 if __name__ == "__main__":

@@ -102,24 +102,30 @@ def _main(argv: Sequence[str] | None) -> None:
     parser.add_argument("--cache", default="headkv", metavar="C", help="as for zoo.chat (default: %(default)s)")
     parser.add_argument("--budget", metavar="B", help="as for zoo.chat")
     parser.add_argument("--importance", type=Path, metavar="P", help="head scores, as for zoo.chat")
+    parser.add_argument("--sharing", type=Path, metavar="P", help="layers that share, as for zoo.chat")
+    parser.add_argument("--device", default="cpu", metavar="D", help="as for zoo.chat (default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="JSONL, a row per question; goes on where it ends")
     args = parser.parse_args(argv)
     contexts = read_longbench(args.data) if args.format == "longbench" else read_scbench(args.data, args.task)
     if len({shared.id for shared in contexts}) < len(contexts):
         raise ValueError(f"{args.data} has contexts of the same id: give each its own")
-    hidden = {"data", "output", "task", "importance"}
+    cli.check_cache(args)
+    hidden = {"data", "output", "task", "importance", "sharing", "device"}
     settings = {key: value for key, value in vars(args).items() if key not in hidden}
     settings["usual_task"] = None if args.format == "longbench" else args.task or args.data.stem
     settings["data_sha256"] = _sha256(args.data)
     settings["importance_sha256"] = None if args.importance is None else _sha256(args.importance)
+    settings |= {"sharing_sha256": _sha256(args.sharing)} if args.sharing else {}
+    said = False
     done = _finished(args.output, settings, {shared.id: len(shared.turns) for shared in contexts})
-    loaded = load(args.model, dtype=args.dtype)
+    loaded = load(args.model, dtype=args.dtype, device=args.device)
     most = max(turn.max_new_tokens for shared in contexts for turn in shared.turns)
     engine = Engine(
         loaded,
         cache=args.cache,
         budget=args.budget,
         importance=args.importance,
+        sharing=args.sharing,
         max_context=check_fits(loaded, contexts),
         max_new_tokens=most,
     )
@@ -136,6 +142,7 @@ def _main(argv: Sequence[str] | None) -> None:
             rows: list[dict[str, Any]] = []
             for turn, answer in answers(engine, shared, question=args.question, turns=args.turns):
                 row = {"id": shared.id, "turn": len(rows), "task": turn.task, "answer": answer}
+                said = said or bool(answer.strip())
                 rows.append(settings | row | {"score": turn.score(answer), "cache_bytes": engine.stats().nbytes})
             seconds = time.perf_counter() - start
             file.writelines(
@@ -143,6 +150,8 @@ def _main(argv: Sequence[str] | None) -> None:
             )
             file.flush()
             done[shared.id] = [row["score"] for row in rows]
+    if left and not said:
+        cli.note("no answer says anything: prompts are the file's plain texts, which a model made for chats may end")
     scores = [score for scores in done.values() for score in scores]
     print(
         f"{sum(scores) / len(scores):.3f} over {len(scores)} questions on {len(done)} contexts, "
@@ -167,7 +176,7 @@ def _finished(output: Path, settings: dict[str, Any], turns: dict[str, int]) -> 
             if any(row[key] != value for key, value in settings.items()):
                 raise ValueError("is of a run with other settings")
             scores.setdefault(row["id"], []).append(row["score"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{output}, line {number}: {error}; choose another --output") from None
     if broken := [name for name, found in scores.items() if len(found) != turns.get(name)]:
         raise ValueError(f"{output} holds only a part of context {broken[0]}: remove its rows, or choose another file")

@@ -49,7 +49,9 @@ def windows(loaded: Loaded, text: str, count: int, tokens: int) -> list[list[int
     Raises:
         ValueError: the text is shorter than that.
     """
-    ids = loaded.tokenizer.encode(text)
+    ids = loaded.tokenizer.encode(text[: count * tokens * 16])  # enough of nearly every text, and of long ones soon
+    if len(ids) < count * tokens:
+        ids = loaded.tokenizer.encode(text)
     if len(ids) < count * tokens:
         raise ValueError(
             f"the text has {len(ids)} tokens, not {count} windows of {tokens}: ask for fewer or shorter ones"

@@ -202,6 +202,10 @@ def page(pictures: dict[str, Path]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
+    return cli.run("recipes.plot", lambda: _main(argv))
+
+
+def _main(argv: list[str] | None) -> None:
     parser = cli.Parser(prog="python -m recipes.plot", description=__doc__.splitlines()[0])
     parser.add_argument("--scores", type=Path, help="jsonl file of recipes.leaderboard")
     parser.add_argument("--peers", type=Path, help="jsonl file of recipes.bench_peers")
@@ -210,29 +214,24 @@ def main(argv: list[str] | None = None) -> int:
         "--budget", type=cli.whole_number(1), default=64, help="tokens per KV head in the picture of depths"
     )
     parser.add_argument("--output", type=Path, default=Path("plots"), help="folder for the pictures and report.html")
-    try:
-        args = parser.parse_args(argv)
-        if not (given := [path for path in (args.scores, args.peers, args.heads) if path]):
-            raise ValueError("there is nothing to plot: give --scores, --peers or --heads")
-        for path in given:
-            if not path.exists():
-                raise ValueError(f"there is no file {path}")
-        if args.heads and not args.heads.read_bytes().startswith(b"\x89PNG"):
-            raise ValueError(f"{args.heads} is no PNG: python -m recipes.plot_heads --output heads.png makes one")
-        args.output.mkdir(parents=True, exist_ok=True)
-        pictures = {}
-        for name, figure in figures(args.scores, args.peers, args.budget):
-            pictures[name] = args.output / f"{name}.png"
-            figure.savefig(pictures[name], dpi=110)
-        if args.heads:
-            pictures["heads"] = args.heads
-        report = args.output / "report.html"
-        report.write_text(page(pictures))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    args = parser.parse_args(argv)
+    if not (given := [path for path in (args.scores, args.peers, args.heads) if path]):
+        raise ValueError("there is nothing to plot: give --scores, --peers or --heads")
+    for path in given:
+        if not path.exists():
+            raise ValueError(f"there is no file {path}")
+    if args.heads and not args.heads.read_bytes().startswith(b"\x89PNG"):
+        raise ValueError(f"{args.heads} is no PNG: python -m recipes.plot_heads --output heads.png makes one")
+    args.output.mkdir(parents=True, exist_ok=True)
+    pictures = {}
+    for name, figure in figures(args.scores, args.peers, args.budget):
+        pictures[name] = args.output / f"{name}.png"
+        figure.savefig(pictures[name], dpi=110)
+    if args.heads:
+        pictures["heads"] = args.heads
+    report = args.output / "report.html"
+    report.write_text(page(pictures))
     print(f"{len(pictures)} pictures: {report}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -103,19 +103,18 @@ def texts(scores: Path, readme: Path) -> dict[Path, str]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
+    return cli.run("recipes.report", lambda: _main(argv))
+
+
+def _main(argv: list[str] | None) -> None:
     parser = cli.Parser(prog="python -m recipes.report", description=__doc__.splitlines()[0])
     parser.add_argument("--scores", type=Path, default=SCORES, help="jsonl file of recipes.leaderboard")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="file with the quality comments")
-    try:
-        args = parser.parse_args(argv)
-        for path, text in texts(args.scores, args.readme).items():
-            path.write_text(text)
-        for (tokens, question), part in needles(read_scores(args.scores)).items():
-            plot.quality(part).savefig(args.scores.parent / picture(tokens, question), dpi=110)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    args = parser.parse_args(argv)
+    for path, text in texts(args.scores, args.readme).items():
+        path.write_text(text)
+    for (tokens, question), part in needles(read_scores(args.scores)).items():
+        plot.quality(part).savefig(args.scores.parent / picture(tokens, question), dpi=110)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ Source:
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import sys
@@ -27,12 +26,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from checkpoints import CheckpointError, LayerSharing, config_hash, write_sharing
+from checkpoints import LayerSharing, config_hash, write_sharing
 from checkpoints.resolve import DEFAULT_MODEL
 from checkpoints.storage import atomic_file
 from layers.cache.base import NoCache
 from recipes.needles import SPLITS, filler_sentence
-from zoo import Loaded, load
+from zoo import Loaded, cli, load
 from zoo.load import DTYPES
 
 THRESHOLD = 0.5  # as published
@@ -209,7 +208,11 @@ def _found(
 
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m recipes.search_sharing", description=__doc__.splitlines()[0])
+    return cli.run("recipes.search_sharing", lambda: _main(argv))
+
+
+def _main(argv: list[str] | None) -> None:
+    parser = cli.Parser(prog="python -m recipes.search_sharing", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=DEFAULT_MODEL, help="alias, directory, .gguf file or hub id")
     parser.add_argument("--output", type=Path, required=True, help="json file to write")
     parser.add_argument("--layers", type=int, required=True, help="layers that are to read another's cache")
@@ -225,39 +228,34 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     command = "python -m recipes.search_sharing " + " ".join(sys.argv[1:] if argv is None else argv)
     journal = args.output.with_suffix(".partial.json")
-    try:
-        if args.threads:
-            torch.set_num_threads(args.threads)
-        loaded = load(args.model, dtype=args.dtype, device=args.device)
-        ids_BT = calibration_ids(loaded, texts=args.texts, tokens=args.tokens, seed=args.seed, file=args.text)
-        found = search(
-            loaded,
-            ids_BT,
-            layers=args.layers,
-            threshold=args.threshold,
-            compat=args.compat,
-            settings={
-                "command": command,
-                "text": "prose" if args.text is None else args.text.name,
-                "texts": args.texts,
-                "tokens": args.tokens,
-                "seed": args.seed,
-                "dtype": args.dtype,
-            },
-            journal=journal,
-        )
-        write_sharing(args.output, found)
-        journal.unlink(missing_ok=True)
-    except (CheckpointError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    loaded = load(args.model, dtype=args.dtype, device=args.device)
+    ids_BT = calibration_ids(loaded, texts=args.texts, tokens=args.tokens, seed=args.seed, file=args.text)
+    found = search(
+        loaded,
+        ids_BT,
+        layers=args.layers,
+        threshold=args.threshold,
+        compat=args.compat,
+        settings={
+            "command": command,
+            "text": "prose" if args.text is None else args.text.name,
+            "texts": args.texts,
+            "tokens": args.tokens,
+            "seed": args.seed,
+            "dtype": args.dtype,
+        },
+        journal=journal,
+    )
+    write_sharing(args.output, found)
+    journal.unlink(missing_ok=True)
     for (layer, source), score in zip(found.pairs, found.similarity, strict=True):
         print(f"layer {layer} reads layer {source}: similarity {score:.3f}")
     tried, threshold = found.provenance["tried"], args.threshold
     print(f"{len(found.pairs)} of {args.layers} layers share, {tried} pairs tried, similarity above {threshold}")
     if len(found.pairs) < args.layers:
         print(f"fewer than asked for: no other pair stays above {threshold}", file=sys.stderr)
-    return 0
 
 
 if __name__ == "__main__":

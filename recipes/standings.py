@@ -56,7 +56,7 @@ def _rows(path: Path, text: bytes, columns: tuple[str, ...]) -> list[dict[str, A
     for number, line in enumerate(text.splitlines(), start=1):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if lacking := [column for column in columns if not isinstance(row, dict) or column not in row]:
             raise ValueError(f"{path}, line {number}: not a row with {' and '.join(lacking)}; mend or remove it")
@@ -248,7 +248,9 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
     lines = [
         f"# Leaderboard: {first['model']}, {first['dtype']}, split `{first['split']}`, seed {first['seed']}",
         "",
-        f"At {', '.join(commits)}. Question seen: it is in the prompt, which is prefilled whole and compressed once;",
+        f"At {', '.join(commits)} (+: and what was not committed).",
+        "",
+        "Question seen: it is in the prompt, which is prefilled whole and compressed once;",
         "unseen: the context is compressed before the question comes, as a second turn. Accuracy: needles whose value",
         "is the most likely in every token, RULER's generated answers by string match; above the full cache it is not",
         "fidelity, as fewer tokens distract less. ΔNLL: nats per token of the gold answer above the full cache.",

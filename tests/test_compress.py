@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.ragged_compact import ragged_compact
-from kernels.ragged_prefill import ragged_prefill_lse
+from kernels.ragged_prefill import ragged_prefill, ragged_prefill_lse
 from layers.budget import parse_budget
 from layers.cache.arena import ArenaCache
 from layers.cache.prompt import PromptPass
@@ -137,6 +137,24 @@ def test_sums_of_attention_take_what_the_prompts_attention_knows(sliding):
     assert torch.allclose(sums.sum(-1), lengths[:, None].float())
     assert torch.allclose(AttentionSums()(replace(seen, lse_BTN=lse)), sums, atol=1e-5)
     assert not torch.allclose(AttentionSums()(replace(seen, lse_BTN=lse + 0.1)), sums, atol=1e-2)
+
+
+def test_logarithms_come_with_the_same_attention_wherever_numbers_lie():
+    q, k, v = (
+        torch.randn(2, 8, 5, 7).permute(0, 3, 2, 1)[:, :, :4],
+        torch.randn(2, 2, 8, 7).mT,
+        torch.randn(2, 2, 8, 7).mT,
+    )
+    position = torch.arange(7, dtype=torch.int32).expand(2, 7)
+    pos = position[:, None].expand(2, 2, 7)
+    with torch.inference_mode():
+        out, lse = ragged_prefill_lse(q, k, v, pos, position)
+        assert torch.allclose(out, ragged_prefill(q, k, v, pos, position), atol=1e-6)
+    score = torch.einsum("bthgd,bhsd->bthgs", q.unflatten(2, (2, 2)) / math.sqrt(8), k)
+    score = score.masked_fill(position[0] > position[0, :, None, None, None], -math.inf)
+    assert torch.allclose(lse, score.logsumexp(-1).flatten(2), atol=1e-6)
+    nothing = ragged_prefill_lse(q[:, :0], k[:, :, :0], v[:, :, :0], pos[..., :0], position[:, :0])
+    assert [x.shape for x in nothing] == [(2, 0, 4, 8), (2, 0, 4)]
 
 
 def test_only_a_first_chunk_knows_the_sums_of_its_attention():
@@ -817,7 +835,7 @@ def test_a_calibration_without_what_a_method_needs_says_what_makes_it(spec, miss
         ("criticalkv+full", "full does not score by attention"),
         ("snapkv+adakv", "snapkv is complete"),
         ("snapkv:pool=3", "no option"),
-        ("snapkv:window=x", "takes int"),
+        ("snapkv:window=x", "takes a whole number, not 'x'"),
         ("snapkv:window", "snapkv: option window needs a value: write window=..."),
         ("snapkv:window=0", "window must be from 1 to 4,096, not 0"),
         ("snapkv:rows=sum", "must be"),
@@ -828,7 +846,7 @@ def test_a_calibration_without_what_a_method_needs_says_what_makes_it(spec, miss
         ("snapkv:stop=sentence,always=-1", "always must be from 0 to 4,096, not -1"),
         ("headkv:beta=0.5", "at least 1"),
         ("headkv:scores=r3", "kind 'r3'"),
-        ("headkv:compat=maybe", "takes bool"),
+        ("headkv:compat=maybe", "takes true or false, not 'maybe'"),
         ("full:x=1", "it takes none"),
         ("streaming:sinks=-1", "streaming:sinks=-1: sinks must be at least 0, not -1$"),
         ("base", "no cache method"),
@@ -856,7 +874,7 @@ def test_a_calibration_without_what_a_method_needs_says_what_makes_it(spec, miss
         ("cake:pool=0", "cake:pool=0: pool must be at least 1, not 0$"),
         ("cake:tau1=0", "cake:tau1=0: tau1 must be at least 0.1, not 0.0$"),
         ("snapkv:allocator=cake,tau2=nan", "tau2=nan: tau2 must be at least 0.1, not nan$"),
-        ("cake:cascade=no", "cascade takes bool"),
+        ("cake:cascade=no", "cascade takes true or false"),
         ("cake:preset=tuned", "no option 'preset=tuned'"),
     ],
 )

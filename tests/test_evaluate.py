@@ -501,7 +501,7 @@ def test_a_file_of_results_belongs_to_one_setting(model, tmp_path, spied):
 def test_a_file_of_results_knows_what_files_hold(model, tmp_path):
     scores, path, lm = tmp_path / "heads.json", str(tmp_path / "results"), model(cache="full")
     scores.write_text("one")
-    lm._importance = str(scores)
+    lm._files["importance"] = str(scores)
     for _ in range(2):
         CachingLM(lm, path).dbdict.close()
     scores.write_text("two")

@@ -93,8 +93,30 @@ def test_a_run_goes_on_where_it_stopped(folder, tmp_path, capsys):
     assert capsys.readouterr().out == said
 
 
+def test_a_line_that_no_reader_takes_is_named(folder, tmp_path, capsys):
+    data, output = tmp_path / "scbench_vt.jsonl", tmp_path / "rows.jsonl"
+    for line, say in (("[" * 100_000, "nested too deeply"), (rows("a").replace(CONTEXT, "\\ud800"), "surrogate")):
+        data.write_text(line)
+        assert run(folder, data, output) == 2
+        assert f"{data.name}, line 1: " in (err := capsys.readouterr().err) and say in err
+
+
+def test_answers_that_say_nothing_are_told_of(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(longcontext, "Engine", lambda *_, **options: Mute(*_, **options))
+    data, output = tmp_path / "scbench_vt.jsonl", tmp_path / "rows.jsonl"
+    data.write_text(rows("a"))
+    assert run(folder, data, output) == 0
+    assert "no answer says anything" in capsys.readouterr().err
+
+
+class Mute(Engine):
+    def stream(self, ids, **options):
+        return iter(())
+
+
 def test_rows_belong_to_one_file_of_head_importance(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(longcontext, "Engine", lambda *_, importance, **options: Engine(*_, **options))
+    monkeypatch.setattr(longcontext.cli, "check_cache", lambda args: None)
     data, output, scores = tmp_path / "scbench_vt.jsonl", tmp_path / "rows.jsonl", tmp_path / "scores.json"
     data.write_text(rows("a"))
     scores.write_text("one")

@@ -382,7 +382,7 @@ def test_two_compilations_serve_all_layers_and_prompts():
         ("kvsharer:share=1", "share must be at least 0 and below 1, not "),
         ("kvsharer:share=-0.1", "share must be at least 0 and below 1, not "),
         ("kvsharer:share=nan", "share must be at least 0 and below 1, not "),
-        ("kvsharer:share=few", "takes float"),
+        ("kvsharer:share=few", "takes a number"),
         ("kvsharer:layers=3", "no option"),
         ("kvsharer+nosuch", "no cache method is called 'nosuch'"),
         ("kvsharer+", "lacks a method on one side of the plus"),

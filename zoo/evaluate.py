@@ -20,7 +20,7 @@ Every option is lm-eval's own and is listed below; the model is `zoo` unless --m
   pretrained=M        an alias, a checkpoint directory, a .gguf file or a hub id
   cache=METHOD        as --cache of python -m zoo.chat; quote options: 'cache="headkv:beta=1.2,scores=r"'
   budget=B            tokens of the context kept per KV head (128), or a share of it (12.5%)
-  dtype=D weights=int8 device=D importance=FILE compile=True
+  dtype=D weights=int8 device=D importance=FILE sharing=FILE compile=True
   batch_size=N        contexts at a time, longest first; those that requests share count once
   max_length=N        tokens of a request at most (default: what the model was trained for)
   truncate=left       cut off the beginning of contexts that are too long, instead of refusing them

@@ -123,6 +123,7 @@ class ZooLM(TemplateLM):  # type: ignore[misc]
         weights: "int8", or None for matrices in dtype.
         device: where to run.
         importance: head-importance file; None takes the one that ships for the model.
+        sharing: file of layers that share, for kvsharer; None takes the one that ships for the model.
         compile: as for `Engine`.
         batch_size: contexts at a time, longest first.
         max_length: tokens that a request may have; None takes the model's trained context.
@@ -151,6 +152,7 @@ class ZooLM(TemplateLM):  # type: ignore[misc]
         weights: str | None = None,
         device: str = "cpu",
         importance: str | None = None,
+        sharing: str | None = None,
         compile: bool | Literal["inductor"] = False,
         batch_size: int = 1,
         max_length: int | None = None,
@@ -198,6 +200,7 @@ class ZooLM(TemplateLM):  # type: ignore[misc]
             "cache": cache,
             "budget": None if budget is None else str(budget),
             "importance": importance,
+            "sharing": sharing,
             "compile": compile,
         }
         self._new_engine: Callable[..., Engine] = lambda **sizes: Engine(self.loaded, **self._options, **sizes)
@@ -205,7 +208,7 @@ class ZooLM(TemplateLM):  # type: ignore[misc]
         self.mode = f"question {question} while compressing"
         self._said = {"dtype": dtype, "weights": weights, "device": device, **self._options}
         self._said["budget"] = None if self._engine.budget is None else str(self._engine.budget)
-        self._importance, self._cut = importance, set[int]()
+        self._files, self._cut = {"importance": importance, "sharing": sharing}, set[int]()
         self._prefills: set[str] = set()
 
     @classmethod
@@ -347,8 +350,9 @@ class ZooLM(TemplateLM):  # type: ignore[misc]
         """All that results depend on, beside the requests: what is said about the model, and contents of its files."""
         said = self.get_model_info()["zoo"]
         settings = {name: value for name, value in said.items() if name not in ("batch_size", "truncated", "prefill")}
-        if self._importance is not None:
-            settings["importance"] = hashlib.sha256(Path(self._importance).read_bytes()).hexdigest()
+        for name, file in self._files.items():
+            if file is not None:
+                settings[name] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
         return settings | {
             "weights_hash": _weights_hash(self.loaded),
             "tokenizer_hash": self.tokenizer_name,

@@ -68,7 +68,7 @@ def _options(spec: str) -> Iterator[Table | str]:
     yield f"{method.name} keeps: {method.summary}"
     yield f"Paper: {method.paper}"
     yield f"Formulas and reasons: layers/methods/{about.name.replace('-', '_')}.py"
-    yield f"Options follow a colon: --cache {_example(about)}" if about.options else "It has no options."
+    yield f"Options follow a colon: --cache {_example(spec)}" if about.options else "It has no options."
     budgets = f"Budgets of {about.allocator}"
     for title, options in (("Options", {**about.choices, **about.own}), (budgets, about.budgets)):
         if options:
@@ -76,7 +76,7 @@ def _options(spec: str) -> Iterator[Table | str]:
     if about.presets:
         yield from ("", _presets(about))
     if both := [name for name in about.budgets if name in {**about.own, **about.scoring}]:
-        yield from ("", f"What budgets and scores have in common is set for both: {', '.join(both)}")
+        yield from ("", f"Budgets and scores have a default each; what is set is set for both: {', '.join(both)}")
     if about.allocator:
         other = "adakv" if about.allocator != "adakv" else "headkv"
         yield from ("", f"Other budgets have other options: --list {about.name}:allocator={other}")
@@ -96,21 +96,25 @@ def _defaults(title: str, options: Mapping[str, Option]) -> Table:
 def _presets(about: Description) -> Table:
     usual = about.choices["preset"].default
     names = [f"{preset} (default)" if preset == usual else preset for preset in about.presets]
-    table = _table("Scores, by preset", "option", *names, "meaning")
+    table = _table("Settings, by preset", "option", *names, "meaning")
     for name, option in about.scoring.items():
         values = (str(getattr(preset, name)) for preset in about.presets.values())
         table.add_row(name, *values, option.meaning)
     return table
 
 
-def _example(about: Description) -> str:
-    """The method with its budgets, another preset if it has presets, and one more option as it is unless set."""
+def _example(spec: str) -> str:
+    """The method with its budgets, another preset if it has presets, and one more option; and so what it changes."""
+    from layers.methods import describe
+
+    about = describe(spec)
     chosen = {"allocator": about.allocator} if about.allocator else {}
     if about.presets:
         chosen["preset"] = next(preset for preset in about.presets if preset != about.choices["preset"].default)
     plain = {**about.budgets, **about.own, **about.scoring}
     chosen |= {name: option.written for name, option in list(plain.items())[:1]}
-    return f"{about.name}:{','.join(map('='.join, chosen.items()))}"
+    options = ",".join(map("=".join, chosen.items()))
+    return f"{about.name}{':' if options else ''}{options}{f'+{_example(about.changes)}' if '+' in spec else ''}"
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -298,7 +298,7 @@ std::vector<int32_t> best_places(const Places<const int32_t>& pos, const Places<
 
 #define INSTANTIATE(T)                                                                                                \
   template void window_scores(const Observation&, const Places<const T>&, const Places<const T>&,                     \
-                              const Places<const int32_t>&, const int32_t*, const Places<const bool>&,                         \
+                              const Places<const int32_t>&, const int32_t*, const Places<const bool>&,                \
                               const Places<const float>&, float*);
 INSTANTIATE(float)
 INSTANTIATE(BFloat16)

@@ -49,6 +49,6 @@ def wrap(method: Method, *, alpha: float = 0.5) -> Method:
         method,
         name=f"criticalkv+{method.name}",
         paper="CriticalKV, arXiv 2502.03805",
-        summary="half as another method (criticalkv+adakv), half also by what values add to the output",
+        summary=f"half as {method.name}, half also by what values add to the output",
         refine=ProjectedValues(alpha=alpha),
     )

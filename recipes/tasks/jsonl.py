@@ -160,6 +160,8 @@ def _read(path: Path, parse: Callable[[dict[str, Any]], SharedContext]) -> Itera
             if not isinstance(row, dict):
                 raise ValueError("is no JSON object")
             yield parse(row)
+        except RecursionError:
+            raise ValueError(f"{path}, line {number}: brackets are nested too deeply for JSON") from None
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
 
@@ -233,6 +235,8 @@ def _text(row: dict[str, Any], key: str, *, numbers: bool = False) -> str:
         return str(value)
     if not isinstance(value, str):
         raise ValueError(f"{key} must be a text, not {value!r}")
+    if any("\ud800" <= c <= "\udfff" for c in value):
+        raise ValueError(f"{key} holds half of a surrogate pair, which is no text")
     return value
 
 
