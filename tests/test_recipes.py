@@ -337,9 +337,9 @@ def test_an_interrupted_calibration_goes_on(
             count[name] += 1
             return original(*arguments)
 
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch:
             patch.setattr(calibrate_heads, name, limited)
-            calibrate_heads.main([*CALIBRATE, "--output", str(file)])
+            assert calibrate_heads.main([*CALIBRATE, "--output", str(file)]) == 2
 
     until("run_trial", 3)
     until("run_trial", 30)
@@ -471,6 +471,26 @@ NEEDLES = [
     "16",
     "24",
 ]
+
+
+def test_an_interrupted_leaderboard_says_where_it_goes_on(
+    command_line: Loaded, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    output, rows = tmp_path / "out.jsonl", leaderboard.Worker.rows
+    arguments = [*NEEDLES, "--caches", "keydiff", "--output", str(output)]
+
+    def first(self: Any, job: Any) -> Any:
+        if output.exists():
+            raise KeyboardInterrupt
+        return rows(self, job)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(leaderboard.Worker, "rows", first)
+        assert leaderboard.main(arguments) == 2
+    assert f"interrupted: what is done is in {output}" in capsys.readouterr().err
+    (before,) = output.read_text().splitlines()
+    assert leaderboard.main(arguments) == 0
+    assert output.read_text().splitlines()[0] == before and len(output.read_text().splitlines()) == 6
 
 
 def test_evaluation_adds_what_is_missing_and_makes_a_table(
