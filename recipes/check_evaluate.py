@@ -105,6 +105,8 @@ def _main(argv: list[str] | None) -> None:
     parser.add_argument("--rounds", type=cli.whole_number(1), default=3, help="of the timing")
     parser.add_argument("--output", type=Path, help="json file")
     args = parser.parse_args(argv)
+    if args.output and not args.output.parent.is_dir():
+        raise ValueError(f"--output {args.output} cannot be written: there is no folder {args.output.parent}")
     try:
         from lm_eval.models.huggingface import HFLM
 
