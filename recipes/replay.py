@@ -93,16 +93,20 @@ class Record:
 class _Replay(PromptPass):
     """Takes in a prompt that is the same in all rows, so that it is looked at once."""
 
+    _layer_and_first_row: tuple[Observation, Observation] | None = None
+
     def scores(self, seen: Observation) -> Tensor:
-        return super().scores(_first_row(seen)).expand(len(seen.pos_BHS), -1, -1)
+        return super().scores(self._first_row(seen)).expand(len(seen.pos_BHS), -1, -1)
 
     def preference(self, seen: Observation) -> Tensor:
-        return super().preference(_first_row(seen)).expand(len(seen.pos_BHS))
+        return super().preference(self._first_row(seen)).expand(len(seen.pos_BHS))
 
-
-def _first_row(seen: Observation) -> Observation:
-    rows: dict[str, Any] = {name: x[:1] for name, x in vars(seen).items() if isinstance(x, Tensor)}
-    return replace(seen, **rows)
+    def _first_row(self, seen: Observation) -> Observation:
+        """Of a layer always the same observation, for it remembers what it has computed."""
+        if self._layer_and_first_row is None or self._layer_and_first_row[0] is not seen:
+            rows: dict[str, Any] = {name: x[:1] for name, x in vars(seen).items() if isinstance(x, Tensor)}
+            self._layer_and_first_row = seen, replace(seen, **rows)
+        return self._layer_and_first_row[1]
 
 
 class Replay:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import torch
@@ -60,6 +60,7 @@ class Observation:
     sums_BHS: Tensor | None = None
     ends_BHS: Tensor | None = None
     lse_BTN: Tensor | None = None
+    _known: dict[tuple[object, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def last(self, window: int) -> tuple[Tensor, Tensor]:
         """The last new queries of every row, fewer if there are fewer.
@@ -83,6 +84,8 @@ class Observation:
     ) -> Tensor:
         """How the last queries attend to each token, 0 for protected ones; see `kernels.window_scores`.
 
+        Computed once, as scores and budgets may both ask: whoever changes the result copies it first.
+
         Args:
             window: how many queries, W.
             rows: how their weights are reduced.
@@ -93,19 +96,22 @@ class Observation:
         Returns:
             (B, H, S) fp32.
         """
-        q_BWND, position_BW = self.last(window)
-        return window_scores(
-            q_BWND,
-            self.k_BHSD,
-            self.pos_BHS,
-            position_BW,
-            rows=rows,
-            group=group,
-            ahead=ahead,
-            behind=behind,
-            protected_BHS=self.protected_BHS,
-            window=self.sliding,
-        )
+        asked = window, rows, group, ahead, behind
+        if asked not in self._known:
+            q_BWND, position_BW = self.last(window)
+            self._known[asked] = window_scores(
+                q_BWND,
+                self.k_BHSD,
+                self.pos_BHS,
+                position_BW,
+                rows=rows,
+                group=group,
+                ahead=ahead,
+                behind=behind,
+                protected_BHS=self.protected_BHS,
+                window=self.sliding,
+            )
+        return self._known[asked]
 
 
 class Scorer(Protocol):
