@@ -68,7 +68,7 @@ def ragged_prefill_lse(
     position_BT: Tensor,
     window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`ragged_prefill` for callers that merge the attention over several sets of keys.
+    """`ragged_prefill` for callers that merge the attention over several sets of keys, or need its weights again.
 
     Keys may be any here, not only those that end with the queries' own. Of a query that is padding, with an empty place
     as its own, nothing that it gives means anything.

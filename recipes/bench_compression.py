@@ -89,8 +89,7 @@ def _main(argv: list[str] | None) -> None:
     parser.add_argument("--threads", type=cli.whole_number(1, 1024), help="CPU threads")
     parser.add_argument("--output", type=Path, help="json file for the seconds of every round")
     args = parser.parse_args(argv)
-    if args.output and not args.output.parent.is_dir():
-        raise ValueError(f"--output {args.output} cannot be written: there is no folder {args.output.parent}")
+    cli.check_writable("--output", args.output)
     commit = machine.commit()
     if args.threads:
         torch.set_num_threads(args.threads)

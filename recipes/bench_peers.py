@@ -330,8 +330,7 @@ def _check_options(args: argparse.Namespace) -> None:
         raise ValueError("--compile needs a C++ compiler and there is none: install g++, or pass --no-compile")
     if os.environ.get("OMP_WAIT_POLICY", "").upper() == "ACTIVE":
         raise ValueError("OMP_WAIT_POLICY=ACTIVE makes idle programs slow down the one measured: unset it")
-    if args.table and not args.table.parent.is_dir():
-        raise ValueError(f"--table {args.table} cannot be written: there is no folder {args.table.parent}")
+    cli.check_writable("--table", args.table)
 
 
 def _is_there(name: str) -> bool:

@@ -420,6 +420,7 @@ def _main(argv: list[str] | None) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="CPU threads")
     args = parser.parse_args(argv)
+    cli.check_writable("--output", args.output)
     command = "python -m recipes.calibrate_heads " + " ".join(sys.argv[1:] if argv is None else argv)
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -105,8 +105,7 @@ def _main(argv: list[str] | None) -> None:
     parser.add_argument("--rounds", type=cli.whole_number(1), default=3, help="of the timing")
     parser.add_argument("--output", type=Path, help="json file")
     args = parser.parse_args(argv)
-    if args.output and not args.output.parent.is_dir():
-        raise ValueError(f"--output {args.output} cannot be written: there is no folder {args.output.parent}")
+    cli.check_writable("--output", args.output)
     try:
         from lm_eval.models.huggingface import HFLM
 

@@ -602,8 +602,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _main(argv: Sequence[str]) -> None:
     args = _parser().parse_args(argv)
-    if args.json is not None and (args.json.is_dir() or not args.json.parent.is_dir()):
-        raise ValueError(f"--json {args.json} cannot be written: give a file in a folder that exists")
+    cli.check_writable("--json", args.json)
     if not torch.cuda.is_available():
         raise ValueError("PyTorch sees no CUDA device here: run this on a machine with a GPU, with PyTorch for CUDA")
     if os.environ.get("TRITON_INTERPRET") == "1":

@@ -171,9 +171,8 @@ def _main(argv: list[str] | None) -> None:
     parser.add_argument("--engine", choices=["local", "ray"], default="local", help="ray: questions over a Ray cluster")
     parser.add_argument("--workers", type=count, help="with --engine ray (default: as many as the cluster holds)")
     args = parser.parse_args(argv)
-    for path in filter(None, (args.output, args.table)):
-        if path.is_dir() or not path.parent.is_dir():
-            raise ValueError(f"{path} cannot be written: give a file in a folder that exists")
+    for option, path in (("--output", args.output), ("--table", args.table)):
+        cli.check_writable(option, path)
     args.peers = press_scores.names(args.peers)
     commit = machine.commit()  # before the long part, during which the tree may change
     if args.engine == "ray":

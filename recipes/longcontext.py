@@ -165,8 +165,7 @@ def _sha256(path: Path) -> str:
 
 def _finished(output: Path, settings: dict[str, Any], turns: dict[str, int]) -> dict[str, list[float]]:
     """Scores by context of an earlier run with the same settings."""
-    if not output.parent.is_dir():
-        raise ValueError(f"--output {output} cannot be written: there is no folder {output.parent}")
+    cli.check_writable("--output", output)
     if not output.exists():
         return {}
     scores: dict[str, list[float]] = {}

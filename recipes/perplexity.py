@@ -154,8 +154,7 @@ def _main(argv: Sequence[str] | None) -> None:
     parser.add_argument("--device", default="cpu", metavar="D", help="as for zoo.chat (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     args = parser.parse_args(argv)
-    if args.output and not args.output.parent.is_dir():
-        raise ValueError(f"--output {args.output} cannot be written: there is no folder {args.output.parent}")
+    cli.check_writable("--output", args.output)
     of_cache = ("budget", "importance", "sharing")
     if args.cache is not None:
         cli.check_cache(args)

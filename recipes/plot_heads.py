@@ -156,8 +156,7 @@ def _main(argv: Sequence[str] | None) -> None:
     add("--tokens", type=cli.whole_number(1), default=2000, help="of the needle prompt (default: %(default)s)")
     add("--output", type=Path, required=True, help="picture to write: .png, .svg or .pdf")
     args = parser.parse_args(argv)
-    if not args.output.parent.is_dir():
-        raise ValueError(f"--output {args.output} cannot be written: there is no folder {args.output.parent}")
+    cli.check_writable("--output", args.output)
 
     loaded = load(args.model, dtype=args.dtype)
     scores = head_importance(loaded, args.importance)

@@ -226,6 +226,7 @@ def _main(argv: list[str] | None) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="CPU threads")
     args = parser.parse_args(argv)
+    cli.check_writable("--output", args.output)
     command = "python -m recipes.search_sharing " + " ".join(sys.argv[1:] if argv is None else argv)
     journal = args.output.with_suffix(".partial.json")
     if args.threads:

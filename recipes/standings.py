@@ -76,7 +76,7 @@ def resume(path: Path) -> list[dict[str, Any]]:
     try:
         json.loads(last or b"{}")
         cut = False
-    except ValueError:
+    except (ValueError, RecursionError):
         cut = last.startswith(b"{")
     rows = _rows(path, whole if cut else text, RESULT)  # a file that is not ours is refused before it is changed
     if cut:

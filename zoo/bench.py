@@ -156,8 +156,7 @@ def _points(args: argparse.Namespace) -> list[_Point]:
         raise ValueError(f"--cache {names} does not use head importance: drop --importance {args.importance}")
     if args.sharing is not None and not any(cli.described(cache).shared_layers for cache in args.cache):
         raise ValueError(f"--cache {names} shares no layers: drop --sharing {args.sharing}")
-    if args.json is not None and (args.json.is_dir() or not os.access(args.json.parent, os.W_OK)):
-        raise ValueError(f"--json {args.json} cannot be written: give a file in a folder that exists and is yours")
+    cli.check_writable("--json", args.json)
     points = [
         _Point(context, batch, cache, None if keeps_everything[cache] else budget)
         for context, batch, cache, budget in itertools.product(args.context, args.batch, args.cache, args.budget)

@@ -241,6 +241,29 @@ def parser(program: str, description: str, examples: str) -> argparse.ArgumentPa
     return made
 
 
+def check_writable(option: str, path: Path | None) -> None:
+    """Refuse a file before the work whose results it is for.
+
+    Args:
+        option: that named it.
+        path: the file, which need not exist; None passes.
+
+    Raises:
+        ValueError: it cannot be written; says why.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        why = "it is a folder"
+    elif not path.parent.is_dir():
+        why = f"there is no folder {path.parent}"
+    elif not os.access(path if path.exists() else path.parent, os.W_OK):
+        why = "you may not"
+    else:
+        return
+    raise ValueError(f"{option} {path} cannot be written: {why}")
+
+
 def utf8_text(argument: str) -> str:
     """Read an option that is a text.
 
